@@ -1,0 +1,1 @@
+"""abyssal: the DeepSeek model line in one small, readable PyTorch library."""

@@ -1,0 +1,1 @@
+"""Looking at models and runs: parameters and memory from a config, routing statistics from a run."""

@@ -1,0 +1,153 @@
+"""Pydantic's base class for everything that is configured, and its errors turned into one readable line.
+
+Every config object is frozen and strict (``"3"`` is not 3) and refuses unknown keys, because a misspelt key that is
+silently ignored costs a training run. :func:`parse` is the one way in: it names the field by its dotted path, shows the
+value, says what would be right, and suggests the nearest key for a misspelt one.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from abyssal.errors import UserError, nearest
+
+
+class Config(BaseModel):
+    """Base of all configs: frozen, strict, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
+
+
+C = TypeVar("C", bound=Config)
+
+
+def parse(cls: type[C], data: Any, where: str) -> C:
+    """``data`` as a ``cls``.
+
+    ``where`` names the source (a file, a preset, "command line") at the head of the message.
+    Raises UserError: one line with the field's dotted path, the value, and what would be right.
+    """
+    if not isinstance(data, dict):
+        raise UserError(f"{where}: expected a mapping of keys to values, found {_show(data)}")
+    try:
+        return cls.model_validate(data)
+    except ValidationError as error:
+        details = error.errors(include_url=False)
+        # Where a union is tried, pydantic reports every branch; unknown keys are the likeliest mistake, so they lead.
+        first = next((d for d in details if d["type"] == "extra_forbidden"), details[0])
+        more = f" (and {len(details) - 1} more)" if len(details) > 1 else ""
+        raise UserError(f"{where}: {_explain(cls, first)}{more}") from None
+
+
+def _explain(cls: type[Config], detail: Any) -> str:
+    location = [str(part) for part in detail["loc"]]
+    known, path = _walk(cls, location)
+    if detail["type"] == "extra_forbidden":
+        hint = nearest(location[-1], known) or (f"; known keys: {', '.join(sorted(known))}" if known else "")
+        return f"{'.'.join(path)}: no such key{hint}"
+    if detail["type"] == "missing":
+        return f"{'.'.join(path)}: missing"
+    message = detail["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:] if message.startswith("Input") else message
+    if detail["type"] == "value_error":  # ours: it names the field itself and shows the values
+        return ".".join([*path, message]) if path else message
+    return f"{'.'.join(path)}: {_show(detail['input'])} is not valid: {message}"
+
+
+def _walk(cls: type[Config], location: list[str]) -> tuple[list[str], list[str]]:
+    """Keys known at the last step of ``location``, and the location without the tags pydantic puts in for unions."""
+    current: list[type[BaseModel]] = [cls]
+    known: list[str] = []
+    path: list[str] = []
+    for step, part in enumerate(location):
+        known = sorted({name for model in current for name in model.model_fields})
+        fields = [model.model_fields[part] for model in current if part in model.model_fields]
+        if not fields and step < len(location) - 1 and (tagged := [m for m in current if _has_tag(m, part)]):
+            current = tagged
+            continue
+        path.append(part)
+        current = [model for field in fields for model in _models_in(field.annotation)]
+    return known, path
+
+
+def _has_tag(model: type[BaseModel], tag: str) -> bool:
+    kind = model.model_fields.get("kind")
+    return kind is not None and tag in get_args(kind.annotation)
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    if get_origin(annotation) is not None:
+        return [model for argument in get_args(annotation) for model in _models_in(argument)]
+    return []
+
+
+def _show(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """A .json, .yaml or .yml file as a dict. Raises UserError where it is missing, unreadable or holds no mapping."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        data = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 (byte offset {error.start})") from None
+    except (json.JSONDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: not valid {path.suffix.lstrip('.')}: {' '.join(str(error).split())}") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: expected a mapping of keys to values, found {_show(data)}")
+    return data
+
+
+def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """``base`` with ``changes`` laid over it, mapping by mapping; any other value replaces what was there."""
+    merged = dict(base)
+    for key, value in changes.items():
+        old = merged.get(key)
+        merged[key] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def parse_assignments(assignments: list[str]) -> dict[str, Any]:
+    """``["optimizer.lr=1e-3", "balance=none"]`` as a nested dict; values are read as YAML.
+
+    Raises UserError where there is no ``=`` or a key is set both as a value and as a mapping.
+    """
+    result: dict[str, Any] = {}
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        parts = key.split(".")
+        if not equals or not all(parts):
+            raise UserError(f"argument {assignment!r}: expected key=value or key.subkey=value")
+        target = result
+        for part in parts[:-1]:
+            target = target.setdefault(part, {})
+            if not isinstance(target, dict):
+                raise UserError(f"argument {assignment!r}: {part!r} was already set to a plain value")
+        target[parts[-1]] = _yaml_value(text, assignment)
+    return result
+
+
+def _yaml_value(text: str, assignment: str) -> Any:
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"argument {assignment!r}: the value is not valid YAML") from None
+    if isinstance(value, str):
+        try:
+            return float(value)  # YAML 1.1 reads 1e-3 as a string
+        except ValueError:
+            return value
+    return value

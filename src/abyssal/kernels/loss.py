@@ -1,0 +1,67 @@
+"""Cross-entropy of a linear head, in chunks: the [N, V] logits never stand in memory whole, nor their gradient.
+
+The gradient is worked out chunk by chunk in the forward pass, while the logits are at hand, so nothing is computed
+twice; the price is that hidden and head gradients (each as large as its tensor) are held until the backward pass.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORED = -100
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, chunk: int) -> Tensor:
+        wants_grad = hidden.requires_grad or weight.requires_grad
+        precise = torch.promote_types(dtype, torch.float32)
+        total = torch.zeros((), dtype=precise, device=hidden.device)
+        head = weight.to(dtype)
+        grad_hidden = torch.empty_like(hidden) if wants_grad else None
+        grad_weight = torch.zeros_like(weight, dtype=precise) if wants_grad else None
+        for start in range(0, hidden.shape[0], chunk):
+            h = hidden[start : start + chunk].to(dtype)
+            target = targets[start : start + chunk]
+            counted = (target != IGNORED).unsqueeze(1)
+            index = target.clamp_min(0).unsqueeze(1)
+            log_p = (h @ head.t()).to(precise).log_softmax(-1)
+            total -= (log_p.gather(1, index) * counted).sum()
+            if grad_hidden is not None and grad_weight is not None:
+                # d(-log p_target)/d(logits) = softmax - one_hot(target)
+                grad = log_p.exp_().scatter_add_(1, index, torch.full_like(index, -1, dtype=precise)).mul_(counted)
+                grad = grad.to(dtype)
+                grad_hidden[start : start + chunk] = grad @ head
+                grad_weight += (grad.t() @ h).to(precise)
+        if wants_grad:
+            ctx.save_for_backward(grad_hidden, grad_weight)
+            ctx.weight_dtype = weight.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        (scale,) = grads
+        return grad_hidden * scale.to(grad_hidden.dtype), (grad_weight * scale).to(ctx.weight_dtype), None, None, None
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk: int = 2048) -> Tensor:
+    """Sum over tokens of −log softmax(hidden · weightᵀ)[target], in nats.
+
+    ``hidden`` [N, D], ``weight`` [V, D], ``targets`` [N] int64 with -100 where nothing is predicted. Products run in
+    the autocast dtype where autocast is on, else in ``hidden``'s; softmax and sums in FP32 (FP64 for FP64 input).
+    """
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    with torch.autocast(device, enabled=False):
+        loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, dtype, chunk)
+    return loss
+
+
+def linear_cross_entropy_reference(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """The same in one line, with all logits in memory."""
+    return F.cross_entropy((hidden @ weight.t()).float(), targets, ignore_index=IGNORED, reduction="sum")

@@ -1,0 +1,210 @@
+"""Attention: MLA with both of its paths, and plain multi-head attention with grouped key/value heads.
+
+Multi-head latent attention (V2 paper §2.1.2, V3 paper §2.1.1; the numbers are V3's equations). For token t with hidden
+vector h_t:
+
+    c^KV_t = W^DKV h_t                    (1)  joint latent of keys and values; RMSNorm follows; this is cached …
+    k^R_t  = RoPE(W^KR h_t)               (3)  … with one rotary key, shared by all heads
+    k^C_t  = W^UK c^KV_t                  (2)  each head's key without position
+    v^C_t  = W^UV c^KV_t                  (5)
+    k_t,i  = [k^C_t,i ; k^R_t]            (4)
+    c^Q_t  = W^DQ h_t                     (6)  left out where q_lora_rank is None
+    q^C_t  = W^UQ c^Q_t                   (7)
+    q^R_t  = RoPE(W^QR c^Q_t)             (8)
+    q_t,i  = [q^C_t,i ; q^R_t,i]          (9)
+    o_t,i  = Σ_j softmax_j(q_t,i · k_j,i / √(d_h + d_h^R)) v^C_j,i     (10)
+    u_t    = W^O [o_t,1 ; … ; o_t,n]      (11)
+
+The checkpoint stacks W^DKV and W^KR in kv_a_proj_with_mqa, W^UQ and W^QR in q_b_proj, W^UK and W^UV in kv_b_proj,
+head by head. Two ways lead to (10). *Expanded*: every head's k and v are made from the latents, then ordinary
+attention; cheapest when many queries share the work (training, prefill). *Absorbed*: since q^C · (W^UK c) =
+(W^UKᵀ q^C) · c, the query is carried into the latent space, attention runs over the cache as it lies, and W^UV is
+applied to the result; cheapest for decoding. Both are exact; :meth:`LatentAttention.absorb_pays` chooses by counting.
+
+Shapes: B batch, T queries, S keys, H heads, D hidden, C latent, R rotary dims, N nope dims, V value dims.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from abyssal.config import MHAConfig, MLAConfig, ModelConfig
+from abyssal.model.cache import LayerCache
+from abyssal.model.layers import RMSNorm
+from abyssal.model.rotary import attention_mscale, rotate
+
+# The norms inside the low-rank projections have this eps in the published code, whatever rms_norm_eps says.
+LATENT_NORM_EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class Context:
+    """What every layer's attention needs to know about the tokens at hand, worked out once a forward pass."""
+
+    rope: tuple[Tensor, Tensor]
+    """Cosine and sine of the queries' positions, [B, T, 1, R/2]."""
+    start: int
+    """Tokens already in the cache."""
+    mask: Tensor | None
+    """[B, 1, T, S] bool, True where a query may look; None: all it needs is ``causal``."""
+    causal: bool
+    """With no mask: whether query t is limited to keys 0…t (else it sees all keys, as a single new token does)."""
+    key_rope: tuple[Tensor, Tensor] | None = None
+    """Cosine and sine of all keys' positions, [B, S, 1, R/2]; only where a study variant caches keys unturned."""
+
+
+def build_mask(valid: Tensor | None, start: int, queries: int, device: torch.device) -> tuple[Tensor | None, bool]:
+    """Mask and causal flag for ``queries`` new tokens after ``start`` cached ones; ``valid`` [B, S]: real keys."""
+    if valid is None and (start == 0 or queries == 1):
+        return None, start == 0 and queries > 1
+    keys = torch.arange(start + queries, device=device)
+    rows = torch.arange(start, start + queries, device=device).unsqueeze(1)
+    mask = (keys <= rows).unsqueeze(0)
+    if valid is not None:
+        # A padding query sees only itself: a row without any key would come out as NaN.
+        mask = (mask & valid.unsqueeze(1)) | (keys == rows)
+    return mask.unsqueeze(1), False
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, context: Context) -> Tensor:
+    """Softmax attention, eq. (10): q [B, H, T, d], k [B, H', S, d], v [B, H', S, V] -> [B, T, H·V]; H' divides H."""
+    width = v.shape[-1]
+    if width < q.shape[-1]:
+        v = F.pad(v, (0, q.shape[-1] - width))  # torch's fast CPU kernel wants one size for all three
+    out = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=context.mask, is_causal=context.causal, scale=scale, enable_gqa=k.shape[1] != q.shape[1]
+    )
+    return out[..., :width].transpose(1, 2).flatten(2)
+
+
+class MultiHeadAttention(nn.Module):
+    """Multi-head attention with rotary position embedding (DeepSeekMoE-16B), [B, T, D] -> [B, T, D]."""
+
+    def __init__(self, config: ModelConfig, attention: MHAConfig) -> None:
+        super().__init__()
+        a = self.attention = attention
+        self.interleaved = config.rope.layout == "interleaved"
+        hidden, kv = config.hidden_size, a.num_key_value_heads * a.head_dim
+        self.q_proj = nn.Linear(hidden, a.num_attention_heads * a.head_dim, bias=a.bias)
+        self.k_proj = nn.Linear(hidden, kv, bias=a.bias)
+        self.v_proj = nn.Linear(hidden, kv, bias=a.bias)
+        self.o_proj = nn.Linear(a.num_attention_heads * a.head_dim, hidden, bias=a.bias)
+
+    def forward(self, x: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
+        split = (-1, self.attention.head_dim)
+        q = rotate(self.q_proj(x).unflatten(-1, split), context.rope, self.interleaved)
+        k = rotate(self.k_proj(x).unflatten(-1, split), context.rope, self.interleaved)
+        v = self.v_proj(x).unflatten(-1, split)
+        if cache is not None:
+            k, v = cache.append(context.start, k, v)
+        scale = self.attention.head_dim**-0.5
+        out = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale, context)
+        return self.o_proj(out)
+
+
+class Queries(nn.Module):
+    """Queries of MLA, eq. (6)-(9); a base class so that the names stay those of the checkpoint."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        a = config.attention
+        assert not isinstance(a, MHAConfig)
+        self.heads, self.nope, self.rope_dim, self.v_dim = (
+            a.num_attention_heads,
+            a.qk_nope_head_dim,
+            a.qk_rope_head_dim,
+            a.v_head_dim,
+        )
+        self.interleaved = config.rope.layout == "interleaved"
+        self.scale = a.qk_head_dim**-0.5 * attention_mscale(config.rope)
+        if a.q_lora_rank is None:
+            self.q_proj = nn.Linear(config.hidden_size, self.heads * a.qk_head_dim, bias=False)
+        else:
+            self.q_a_proj = nn.Linear(config.hidden_size, a.q_lora_rank, bias=a.bias)
+            self.q_a_layernorm = RMSNorm(a.q_lora_rank, LATENT_NORM_EPS)
+            self.q_b_proj = nn.Linear(a.q_lora_rank, self.heads * a.qk_head_dim, bias=False)
+        self.compressed = a.q_lora_rank is not None
+
+    def queries(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+        """q^C [B, T, H, N] and q^R [B, T, H, R], the latter turned by position."""
+        q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))) if self.compressed else self.q_proj(x)
+        q_nope, q_rope = q.unflatten(-1, (self.heads, -1)).split((self.nope, self.rope_dim), dim=-1)
+        return q_nope, rotate(q_rope, context.rope, self.interleaved)
+
+
+class LatentAttention(Queries):
+    """Multi-head latent attention, [B, T, D] -> [B, T, D]; see the module's docstring for the equations."""
+
+    def __init__(self, config: ModelConfig, attention: MLAConfig) -> None:
+        super().__init__(config)
+        self.latent = attention.kv_lora_rank
+        self.kv_a_proj_with_mqa = nn.Linear(config.hidden_size, self.latent + self.rope_dim, bias=attention.bias)
+        self.kv_a_layernorm = RMSNorm(self.latent, LATENT_NORM_EPS)
+        self.kv_b_proj = nn.Linear(self.latent, self.heads * (self.nope + self.v_dim), bias=False)
+        self.o_proj = nn.Linear(self.heads * self.v_dim, config.hidden_size, bias=attention.bias)
+
+    def absorb_pays(self, queries: int) -> bool:
+        """Whether the absorbed path multiplies less for ``queries`` new tokens over a cache of latents.
+
+        A key and head costs the expanded path C·(N + V) once to make it, and N + R + V for each query to use it; the
+        absorbed path makes nothing and uses it for 2C + R. (V3: up to 170 new tokens.)
+        """
+        return queries * (2 * self.latent - self.nope - self.v_dim) < self.latent * (self.nope + self.v_dim)
+
+    def forward(
+        self, x: Tensor, context: Context, cache: LayerCache | None = None, absorb: bool | None = None
+    ) -> Tensor:
+        """``absorb`` chooses the path; None: expanded without a cache, else whichever multiplies less."""
+        q_nope, q_rope = self.queries(x, context)
+        latent, k_rope = self.kv_a_proj_with_mqa(x).split((self.latent, self.rope_dim), dim=-1)
+        latent = self.kv_a_layernorm(latent)  # (1)
+        k_rope = rotate(k_rope.unsqueeze(2), context.rope, self.interleaved).squeeze(2)  # (3)
+        if cache is None:
+            out = (self._absorbed if absorb else self._expanded)(q_nope, q_rope, latent, k_rope, context)
+        elif cache.expanded:
+            k, v = cache.append(context.start, *self._keys_values(latent, k_rope))
+            out = self._attend(q_nope, q_rope, k, v, context)
+        else:
+            (past,) = cache.append(context.start, torch.cat((latent, k_rope), dim=-1))
+            absorb = self.absorb_pays(x.shape[1]) if absorb is None else absorb
+            path = self._absorbed if absorb else self._expanded
+            out = path(q_nope, q_rope, past[..., : self.latent], past[..., self.latent :], context)
+        return self.o_proj(out)  # (11)
+
+    def _keys_values(self, latent: Tensor, k_rope: Tensor) -> tuple[Tensor, Tensor]:
+        """Every head's key [B, S, H, N + R] and value [B, S, H, V] from latents, eq. (2), (4), (5)."""
+        expanded = self.kv_b_proj(latent).unflatten(-1, (self.heads, -1))
+        k_nope, v = expanded.split((self.nope, self.v_dim), dim=-1)
+        k_rope = k_rope.to(k_nope.dtype).unsqueeze(2).expand(-1, -1, self.heads, -1)
+        return torch.cat((k_nope, k_rope), dim=-1), v
+
+    def _attend(self, q_nope: Tensor, q_rope: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
+        q = torch.cat((q_nope, q_rope), dim=-1)
+        return attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), self.scale, context)
+
+    def _expanded(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, context: Context) -> Tensor:
+        return self._attend(q_nope, q_rope, *self._keys_values(latent, k_rope), context)
+
+    def _absorbed(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, context: Context) -> Tensor:
+        # All heads read the same latents, so heads and queries are simply rows: [B, H·T, C + R] against [B, S, C + R].
+        w = self.kv_b_proj.weight.to(q_nope.dtype).unflatten(0, (self.heads, -1))
+        w_uk, w_uv = w.split((self.nope, self.v_dim), dim=1)  # [H, N, C], [H, V, C]
+        batch, queries = q_nope.shape[:2]
+        q_latent = torch.einsum("bthn,hnc->bhtc", q_nope, w_uk)
+        latent, k_rope = latent.to(q_nope.dtype), k_rope.to(q_nope.dtype)
+        scores = q_latent.flatten(1, 2) @ latent.transpose(1, 2)
+        scores = scores + q_rope.transpose(1, 2).flatten(1, 2) @ k_rope.transpose(1, 2)
+        scores = scores.view(batch, self.heads, queries, -1) * self.scale
+        mask = context.mask
+        if mask is None and context.causal:
+            mask = torch.ones(queries, queries, dtype=torch.bool, device=scores.device).tril()
+        if mask is not None:
+            scores = scores.masked_fill(~mask, float("-inf"))
+        softmax_dtype = torch.promote_types(scores.dtype, torch.float32)
+        p = scores.softmax(-1, dtype=softmax_dtype).to(latent.dtype)
+        o_latent = (p.flatten(1, 2) @ latent).view(batch, self.heads, queries, -1)
+        return torch.einsum("bhtc,hvc->bthv", o_latent, w_uv).flatten(2)

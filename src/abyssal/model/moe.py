@@ -1,0 +1,56 @@
+"""The DeepSeekMoE layer: shared experts see every token, routed experts those the router sends (V3 paper eq. 12)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from abyssal.config import MoEConfig
+from abyssal.kernels import grouped
+from abyssal.model.layers import MLP
+from abyssal.model.router import Router, Routing
+
+
+class Experts(nn.Module):
+    """All routed experts of a layer as two stacked tensors; each expert is a SwiGLU MLP.
+
+    ``gate_up_proj`` [E, 2F, D] (gate above up), ``down_proj`` [E, D, F]. On disk they are one tensor an expert and
+    matrix, as published (:mod:`abyssal.checkpoint.names`).
+    """
+
+    def __init__(self, hidden_size: int, moe: MoEConfig) -> None:
+        super().__init__()
+        experts, width = moe.n_routed_experts, moe.moe_intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * width, hidden_size))
+        self.down_proj = nn.Parameter(torch.empty(experts, hidden_size, width))
+
+    def forward(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+        """``x`` [N, D], ``indices`` [N, K], ``weights`` [N, K] -> weighted sum of expert outputs [N, D]."""
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        where = grouped.plan(indices, self.gate_up_proj.shape[0], dtype)
+        rows = grouped.gather(x.to(dtype), where)
+        gate, up = grouped.grouped_linear(rows, self.gate_up_proj.to(dtype), where).chunk(2, dim=-1)
+        rows = grouped.grouped_linear(F.silu(gate) * up, self.down_proj.to(dtype), where)
+        return grouped.combine(rows, weights.to(dtype), where)
+
+
+class MoE(nn.Module):
+    """Router, routed experts, shared experts, [B, T, D] -> [B, T, D]. Routing is a step of its own: see ``Block``."""
+
+    def __init__(self, hidden_size: int, moe: MoEConfig) -> None:
+        super().__init__()
+        self.gate = Router(hidden_size, moe)
+        self.experts = Experts(hidden_size, moe)
+        self.shared_experts = MLP(hidden_size, moe.shared_intermediate_size) if moe.n_shared_experts else None
+
+    def route(self, x: Tensor) -> Routing:
+        """Decides for ``x`` [B, T, D]."""
+        return self.gate(x)
+
+    def forward(self, x: Tensor, routing: Routing) -> Tensor:
+        """Applies what was decided. ``routing`` may cut a token in segments: its [B, T·m] then says so."""
+        flat = x.reshape(-1, x.shape[-1])
+        out = self.experts(flat, routing.indices.flatten(0, 1), routing.weights.flatten(0, 1)).view(x.shape)
+        return out if self.shared_experts is None else out + self.shared_experts(x)

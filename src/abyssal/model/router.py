@@ -1,0 +1,114 @@
+"""The router: which routed experts a token goes to, and with what weight.
+
+One function covers the generations (V3 paper §2.1.2 eq. 13-16; V2 paper §2.1.1-2.2; DeepSeekMoE paper §3):
+
+    s = softmax(W x) or sigmoid(W x)                          FP32, whatever the model's dtype
+    choice = s (+ e_score_correction_bias, for the selection only)
+    keep topk_group of n_group groups; a group counts by its maximum (V2) or the sum of its two best (V3)
+    take the num_experts_per_tok best of the kept; their weights are the *unbiased* s,
+    divided by their sum where norm_topk_prob is set, times routed_scaling_factor
+
+Shapes: N tokens ([..., D] flattened by the caller or not), E experts, K experts a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from abyssal.config import MoEConfig
+
+
+@dataclass(frozen=True)
+class Routing:
+    """One layer's decisions for a batch. ``scores`` carries the gradient to the router."""
+
+    indices: Tensor
+    """[B, T, K] int64: experts chosen, best first by what they were chosen by."""
+    weights: Tensor
+    """[B, T, K] FP32: what their outputs are multiplied by."""
+    scores: Tensor
+    """[B, T, E] FP32: s of every expert, without the bias."""
+    valid: Tensor | None = None
+    """[B, T] bool: real tokens; None: all. (Segment routing counts each segment as a token of its own.)"""
+
+    def load(self) -> Tensor:
+        """[E] int64: how many assignments each expert got from real tokens."""
+        indices = self.indices if self.valid is None else self.indices[self.valid]
+        return torch.bincount(indices.reshape(-1), minlength=self.scores.shape[-1])
+
+
+class Recorder(Protocol):
+    """Whoever wants to see routing passes one of these to the forward call; ``layer`` counts MTP modules on."""
+
+    def record(self, layer: int, routing: Routing) -> None: ...
+
+
+class RoutingRecorder:
+    """Keeps every layer's :class:`Routing` of the forward passes it was given to, in order."""
+
+    def __init__(self) -> None:
+        self.routings: dict[int, list[Routing]] = {}
+
+    def record(self, layer: int, routing: Routing) -> None:
+        self.routings.setdefault(layer, []).append(routing)
+
+
+class Router(nn.Module):
+    """Scores, selection and weights. In checkpoints it is called ``gate``.
+
+    The bias is a buffer: it is moved by a balancer, never by a gradient, and it stays in FP32 when the model is cast,
+    because steps of 0.001 vanish in BF16.
+    """
+
+    e_score_correction_bias: Tensor | None
+
+    def __init__(self, hidden_size: int, moe: MoEConfig) -> None:
+        super().__init__()
+        self.moe = moe
+        self.weight = nn.Parameter(torch.empty(moe.n_routed_experts, hidden_size))
+        bias = torch.zeros(moe.n_routed_experts, dtype=torch.float32) if moe.has_bias else None
+        self.register_buffer("e_score_correction_bias", bias)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        # nn.Module casts through here. The bias follows the device, but its values never pass through another dtype.
+        before = self.e_score_correction_bias
+        super()._apply(fn, recurse)
+        after = self.e_score_correction_bias
+        if before is not None and after is not None and after.dtype != torch.float32:
+            self.e_score_correction_bias = before.to(after.device)
+        return self
+
+    def forward(self, x: Tensor) -> Routing:
+        """``x`` [B, T, D] -> :class:`Routing`."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        with torch.autocast(x.device.type, enabled=False):
+            logits = F.linear(x.to(dtype), self.weight.to(dtype))
+            scores = logits.softmax(-1) if self.moe.scoring_func == "softmax" else logits.sigmoid()
+            indices = self.select(scores.detach())
+            weights = scores.gather(-1, indices)
+            if self.moe.norm_topk_prob:
+                weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+            return Routing(indices, weights * self.moe.routed_scaling_factor, scores)
+
+    def select(self, scores: Tensor) -> Tensor:
+        """The experts chosen for ``scores`` [..., E], as indices [..., K]."""
+        moe, choice = self.moe, scores
+        if self.e_score_correction_bias is not None:
+            choice = scores + self.e_score_correction_bias
+        if moe.topk_method != "greedy" and moe.n_group > 1:
+            groups = choice.unflatten(-1, (moe.n_group, -1))
+            if moe.topk_method == "noaux_tc":
+                strength = groups.topk(2, dim=-1).values.sum(-1)
+            else:
+                strength = groups.amax(-1)
+            kept = strength.topk(moe.topk_group, dim=-1).indices
+            out = torch.ones_like(strength, dtype=torch.bool).scatter(-1, kept, False)
+            # -inf, not 0: a kept expert whose biased score is negative must still win against one that is out.
+            choice = groups.masked_fill(out.unsqueeze(-1), float("-inf")).flatten(-2)
+        return choice.topk(moe.num_experts_per_tok, dim=-1).indices

@@ -1,0 +1,178 @@
+"""The whole model, for every generation: embedding, blocks, norm, head, and the MTP modules behind them.
+
+Parameters are named as in the published checkpoints. ``model.layers`` holds the blocks and, as the checkpoints have it,
+the MTP modules behind them (``model.layers.61`` of V3).
+
+Shapes: B batch, T time, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from abyssal.config import ModelConfig
+from abyssal.errors import UserError
+from abyssal.model.attention import Context, build_mask
+from abyssal.model.block import Block, MTPModule
+from abyssal.model.cache import Cache
+from abyssal.model.layers import RMSNorm
+from abyssal.model.moe import MoE
+from abyssal.model.rotary import rotary_tables
+from abyssal.model.router import Recorder, Router
+
+
+class Backbone(nn.Module):
+    """What stands under ``model.`` in a checkpoint; driven by :class:`Transformer`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        n, depth = config.num_hidden_layers, config.mtp.num_nextn_predict_layers
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            [*(Block(config, i) for i in range(n)), *(MTPModule(config, n + k) for k in range(depth))]
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class Transformer(nn.Module):
+    """A DeepSeek model: ``Transformer(config)(tokens)`` gives logits.
+
+    Built under ``torch.device("meta")`` it takes no memory. ``generator`` makes the initial weights reproducible; by
+    default they are drawn from torch's own. All weights are normal with std ``initializer_range``, norms are 1.
+    """
+
+    def __init__(self, config: ModelConfig, *, generator: torch.Generator | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Backbone(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        self.initialize(generator)
+
+    @property
+    def blocks(self) -> list[Block]:
+        """The main model's blocks."""
+        return [b for b in self.model.layers if isinstance(b, Block) and not isinstance(b, MTPModule)]
+
+    @property
+    def mtp_modules(self) -> list[MTPModule]:
+        """The MTP modules, by depth."""
+        return [b for b in self.model.layers if isinstance(b, MTPModule)]
+
+    @property
+    def routers(self) -> dict[int, Router]:
+        """The routers by layer, MTP modules included."""
+        return {b.layer: b.mlp.gate for b in (*self.blocks, *self.mtp_modules) if isinstance(b.mlp, MoE)}
+
+    @torch.no_grad()
+    def initialize(self, generator: torch.Generator | None = None) -> None:
+        """Draws all weights anew, in the order of ``named_parameters``; norms become 1, biases 0."""
+        if self.lm_head.weight.is_meta:
+            return
+        for name, parameter in self.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.fill_(1.0)
+            elif name.endswith(".bias"):
+                parameter.zero_()
+            else:
+                parameter.normal_(0.0, self.config.initializer_range, generator=generator)
+        for router in self.routers.values():
+            if router.e_score_correction_bias is not None:
+                router.e_score_correction_bias.zero_()
+
+    def forward(
+        self,
+        tokens: Tensor,
+        *,
+        valid: Tensor | None = None,
+        cache: Cache | None = None,
+        recorder: Recorder | None = None,
+    ) -> Tensor:
+        """Logits [B, T, V] for ``tokens`` [B, T] int64, in the model's dtype (the autocast dtype under autocast).
+
+        ``valid`` [B, T] bool marks real tokens in a batch padded on the left or right; positions count real tokens
+        only. ``cache`` holds the tokens before these and takes these in. ``recorder`` sees every router's decision.
+        Raises UserError for a token id outside the vocabulary (checked on CPU tensors) or a full cache.
+        """
+        logits: Tensor = self.lm_head(self.hidden(tokens, valid=valid, cache=cache, recorder=recorder))
+        return logits
+
+    def hidden(
+        self,
+        tokens: Tensor,
+        *,
+        valid: Tensor | None = None,
+        cache: Cache | None = None,
+        recorder: Recorder | None = None,
+        recompute: bool = False,
+    ) -> Tensor:
+        """Hidden states after ``model.norm``, [B, T, D]: what the head and the first MTP module take.
+
+        ``recompute`` drops activations and computes them again in the backward pass.
+        """
+        self._check_tokens(tokens)
+        count = tokens.shape[1]
+        start = cache.length if cache is not None else 0
+        if cache is not None:
+            cache.extend(count, valid)
+            context = self._context(start, count, cache.valid, tokens.device, cached=not cache.layers[0].expanded)
+        else:
+            context = self._context(0, count, valid, tokens.device)
+        x = self.model.embed_tokens(tokens)
+        for i, block in enumerate(self.blocks):
+            layer_cache = cache.layers[i] if cache is not None else None
+            x = block(x, context, cache=layer_cache, valid=valid, recorder=recorder, recompute=recompute)
+        if cache is not None:
+            cache.length += count
+        out: Tensor = self.model.norm(x)
+        return out
+
+    def mtp_hidden(
+        self, hidden: Tensor, tokens: Tensor, *, recorder: Recorder | None = None, recompute: bool = False
+    ) -> list[Tensor]:
+        """Hidden states of each MTP module, [B, T, D] each: depth k (from 1) at position i is for token i + k + 1.
+
+        ``hidden`` [B, T, D] comes from :meth:`hidden` for ``tokens[:, :T]``; ``tokens`` [B, T + depth] go on for as
+        many tokens as there are modules. Apply ``lm_head`` for logits.
+        """
+        self._check_tokens(tokens)
+        count = hidden.shape[1]
+        if tokens.shape[1] < count + len(self.mtp_modules):
+            raise ValueError(f"tokens: {tokens.shape[1]} a row are too few for {count} + {len(self.mtp_modules)}")
+        context = self._context(0, count, None, tokens.device)
+        out = []
+        for k, module in enumerate(self.mtp_modules, start=1):
+            embedding = self.model.embed_tokens(tokens[:, k : k + count])
+            hidden = module.predict(hidden, embedding, context, recorder=recorder, recompute=recompute)
+            out.append(hidden)
+        return out
+
+    def mtp_logits(self, tokens: Tensor) -> list[Tensor]:
+        """Logits of each MTP module for ``tokens`` [B, T + depth]: [B, T, V] each, position i for token i + k + 1."""
+        count = tokens.shape[1] - len(self.mtp_modules)
+        return [self.lm_head(h) for h in self.mtp_hidden(self.hidden(tokens[:, :count]), tokens)]
+
+    def _context(
+        self, start: int, count: int, valid: Tensor | None, device: torch.device, cached: bool = False
+    ) -> Context:
+        if valid is not None:
+            positions = (valid.long().cumsum(1) - 1).clamp_min(0)
+        else:
+            positions = torch.arange(start + count, device=device).unsqueeze(0)
+        attention, dtype = self.config.attention, self.lm_head.weight.dtype
+        rope = rotary_tables(self.config.rope, attention.rotary_dim, positions[:, start:], dtype)
+        key_rope = None
+        if cached and attention.kind == "separate_latents":
+            key_rope = rotary_tables(self.config.rope, attention.rotary_dim, positions, dtype)
+        mask, causal = build_mask(valid, start, count, device)
+        return Context(rope, start, mask, causal, key_rope)
+
+    def _check_tokens(self, tokens: Tensor) -> None:
+        if tokens.device.type != "cpu" or tokens.numel() == 0 or torch.compiler.is_compiling():
+            return  # on a GPU the check would stop the device; there an id outside fails in the embedding
+        low, high = tokens.aminmax()
+        if low < 0 or high >= self.config.vocab_size:
+            bad = int(low) if low < 0 else int(high)
+            raise UserError(f"tokens: id {bad} is outside the vocabulary of {self.config.vocab_size}")
