@@ -8,6 +8,7 @@ value, says what would be right, and suggests the nearest key for a misspelt one
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
@@ -41,38 +42,50 @@ def parse(cls: type[C], data: Any, where: str) -> C:
         # Where a union is tried, pydantic reports every branch; unknown keys are the likeliest mistake, so they lead.
         first = next((d for d in details if d["type"] == "extra_forbidden"), details[0])
         more = f" (and {len(details) - 1} more)" if len(details) > 1 else ""
-        raise UserError(f"{where}: {_explain(cls, first)}{more}") from None
+        message = " ".join(f"{where}: {_explain(cls, first)}{more}".splitlines())  # a key may hold a newline
+        raise UserError(message) from None
 
 
 def _explain(cls: type[Config], detail: Any) -> str:
     location = [str(part) for part in detail["loc"]]
-    known, path = _walk(cls, location)
+    known, path, models = _walk(cls, location, detail["type"] == "extra_forbidden")
     if detail["type"] == "extra_forbidden":
         hint = nearest(location[-1], known) or (f"; known keys: {', '.join(sorted(known))}" if known else "")
         return f"{'.'.join(path)}: no such key{hint}"
     if detail["type"] == "missing":
         return f"{'.'.join(path)}: missing"
+    if detail["type"] == "union_tag_not_found":  # all unions of configs are told apart by ``kind``
+        tags = ", ".join(repr(tag) for model in models for tag in get_args(model.model_fields["kind"].annotation))
+        return f"{'.'.join(path)}.kind: missing; one of {tags}"
+    if detail["type"] == "union_tag_invalid":
+        return f"{'.'.join(path)}.kind: {detail['ctx']['tag']!r} is not one of {detail['ctx']['expected_tags']}"
     message = detail["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:] if message.startswith("Input") else message
     if detail["type"] == "value_error":  # ours: it names the field itself and shows the values
-        return ".".join([*path, message]) if path else message
+        joint = "." if re.match(r"[\w.]+: ", message) else ": "
+        return joint.join([".".join(path), message]) if path else message
     return f"{'.'.join(path)}: {_show(detail['input'])} is not valid: {message}"
 
 
-def _walk(cls: type[Config], location: list[str]) -> tuple[list[str], list[str]]:
-    """Keys known at the last step of ``location``, and the location without the tags pydantic puts in for unions."""
+def _walk(cls: type[Config], location: list[str], extra: bool) -> tuple[list[str], list[str], list[type[BaseModel]]]:
+    """Keys known at the last step of ``location``, the location without the tags pydantic puts in for unions, and the
+    models that may stand there."""
     current: list[type[BaseModel]] = [cls]
     known: list[str] = []
     path: list[str] = []
     for step, part in enumerate(location):
         known = sorted({name for model in current for name in model.model_fields})
         fields = [model.model_fields[part] for model in current if part in model.model_fields]
-        if not fields and step < len(location) - 1 and (tagged := [m for m in current if _has_tag(m, part)]):
+        if (
+            not fields
+            and not (extra and step == len(location) - 1)
+            and (tagged := [m for m in current if _has_tag(m, part)])
+        ):
             current = tagged
             continue
         path.append(part)
         current = [model for field in fields for model in _models_in(field.annotation)]
-    return known, path
+    return known, path, current
 
 
 def _has_tag(model: type[BaseModel], tag: str) -> bool:
@@ -102,6 +115,8 @@ def read_mapping(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: no such file") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 (byte offset {error.start})") from None
+    except RecursionError:
+        raise UserError(f"{path}: not valid {path.suffix.lstrip('.')}: nested too deeply") from None
     except (json.JSONDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{path}: not valid {path.suffix.lstrip('.')}: {' '.join(str(error).split())}") from None
     except OSError as error:
@@ -136,7 +151,10 @@ def parse_assignments(assignments: list[str]) -> dict[str, Any]:
             target = target.setdefault(part, {})
             if not isinstance(target, dict):
                 raise UserError(f"argument {assignment!r}: {part!r} was already set to a plain value")
-        target[parts[-1]] = _yaml_value(text, assignment)
+        value = _yaml_value(text, assignment)
+        if isinstance(target.get(parts[-1]), dict) and not isinstance(value, dict):
+            raise UserError(f"argument {assignment!r}: keys under {key!r} were already set")
+        target[parts[-1]] = value
     return result
 
 

@@ -77,6 +77,9 @@ def resolve_model(spec: str | dict[str, Any], where: str = "model") -> ModelConf
         and attention.get("kind", native["attention"]["kind"]) != native["attention"]["kind"]
     ):
         native["attention"] = {}  # another kind of attention has other fields
+    if isinstance(attention, dict) and "compression_ratio" in attention:
+        for rank in ("q_lora_rank", "kv_lora_rank"):  # the ratio sets them; the base's own would contradict it
+            native["attention"].pop(rank, None)
     merged = merge(native, changes)
     if changes:  # no longer the published model: what only describes that one (quantisation, code to load) is left out
         merged["published"] = {}

@@ -93,13 +93,14 @@ def from_published(data: dict[str, Any], where: str = "config.json") -> ModelCon
         native[key] = token
     bias = src.take("attention_bias", False)
     if model_type == "deepseek":
-        if isinstance(heads, int) and isinstance(hidden_size, int) and heads > 0 and hidden_size % heads:
+        if _is_size(hidden_size) and _is_size(heads) and hidden_size % heads:
             raise UserError(f"{where}: hidden_size: {hidden_size} is not a multiple of num_attention_heads {heads}")
         native["attention"] = {
             "kind": "mha",
             "num_attention_heads": heads,
             "num_key_value_heads": src.take("num_key_value_heads", heads),
-            "head_dim": hidden_size // heads if isinstance(heads, int) and heads > 0 else hidden_size,
+            # where one of the two is no size, parse() below says so; what stands here is then of no account
+            "head_dim": hidden_size // heads if _is_size(hidden_size) and _is_size(heads) else 2,
             "bias": bias,
         }
         native["rope"] = {**_read_rope(src), "layout": "halves"}
@@ -119,9 +120,9 @@ def from_published(data: dict[str, Any], where: str = "config.json") -> ModelCon
         native["rope"] = {**_read_rope(src), "layout": "interleaved" if interleaved else "halves"}
     native["moe"] = _read_moe(src, model_type, native["num_hidden_layers"])
     carried = {key: value for key, value in src.items() if key in _CARRIED}
-    unknown = {key: value for key, value in src.items() if key not in _CARRIED and value is not None}
-    if unknown:
-        names = ", ".join(f"{key}={value!r}" for key, value in sorted(unknown.items()))
+    unknown = {key: value for key, value in src.items() if key not in _CARRIED}
+    if told := {key: value for key, value in unknown.items() if value is not None}:
+        names = ", ".join(f"{key}={value!r}" for key, value in sorted(told.items()))
         warnings.warn(
             f"{where}: abyssal does not know {names}; kept, but if it changes what the model computes, "
             "the results will differ",
@@ -129,6 +130,10 @@ def from_published(data: dict[str, Any], where: str = "config.json") -> ModelCon
         )
     native["published"] = {**extra, **carried, **unknown}
     return parse(ModelConfig, native, where)
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and value > 0
 
 
 def _read_rope(src: _Source) -> dict[str, Any]:
@@ -144,6 +149,10 @@ def _read_rope(src: _Source) -> dict[str, Any]:
     legacy_kind = settings.pop("type", None)
     kind = settings.pop("rope_type", None) or legacy_kind or "default"
     if kind == "default":
+        if "factor" in settings:
+            raise UserError(
+                f"{src.where}: {name}: {settings!r} has a factor but no type 'yarn', which is what is supported"
+            )
         return {"theta": theta}
     if kind != "yarn":
         raise UserError(f"{src.where}: {name}.type: {kind!r} is not supported, only 'yarn' or none")
@@ -178,15 +187,16 @@ def _read_moe(src: _Source, model_type: str, layers: Any) -> dict[str, Any] | No
         "topk_group": src.take("topk_group", 1),
         "norm_topk_prob": normalised,
         # The V2 code either normalises or scales, the V1 code never scales: what is not computed is not carried over.
-        "routed_scaling_factor": 1.0 if v1 or (v2 and normalised) else float(scaling),
+        "routed_scaling_factor": 1.0 if v1 or (v2 and normalised) else scaling,
     }
     if experts is None:
         return None
     for key in ("num_experts_per_tok", "moe_intermediate_size"):
         if moe[key] is None:
             raise UserError(f"{src.where}: {key}: missing; n_routed_experts is {experts}")
-    if (v1 or v2) and scoring != "softmax":
-        raise UserError(f"{src.where}: scoring_func: {scoring!r} is not supported by {model_type}, only 'softmax'")
+    right = "softmax" if v1 or v2 else "sigmoid"
+    if scoring != right:
+        raise UserError(f"{src.where}: scoring_func: {scoring!r} is not supported by {model_type}, only {right!r}")
     allowed = {"deepseek": ("greedy",), "deepseek_v2": ("greedy", "group_limited_greedy")}.get(
         model_type, ("noaux_tc",)
     )

@@ -17,13 +17,20 @@ IGNORED = -100
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, chunk: int) -> Tensor:
-        wants_grad = hidden.requires_grad or weight.requires_grad
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        dtype: torch.dtype,
+        chunk: int,
+        wants: tuple[bool, bool],
+    ) -> Tensor:
         precise = torch.promote_types(dtype, torch.float32)
         total = torch.zeros((), dtype=precise, device=hidden.device)
         head = weight.to(dtype)
-        grad_hidden = torch.empty_like(hidden) if wants_grad else None
-        grad_weight = torch.zeros_like(weight, dtype=precise) if wants_grad else None
+        grad_hidden = torch.empty_like(hidden) if wants[0] else None
+        grad_weight = torch.zeros_like(weight, dtype=precise) if wants[1] else None
         for start in range(0, hidden.shape[0], chunk):
             h = hidden[start : start + chunk].to(dtype)
             target = targets[start : start + chunk]
@@ -31,22 +38,27 @@ class _LinearCrossEntropy(torch.autograd.Function):
             index = target.clamp_min(0).unsqueeze(1)
             log_p = (h @ head.t()).to(precise).log_softmax(-1)
             total -= (log_p.gather(1, index) * counted).sum()
-            if grad_hidden is not None and grad_weight is not None:
+            if any(wants):
                 # d(-log p_target)/d(logits) = softmax - one_hot(target)
                 grad = log_p.exp_().scatter_add_(1, index, torch.full_like(index, -1, dtype=precise)).mul_(counted)
                 grad = grad.to(dtype)
+            if grad_hidden is not None:
                 grad_hidden[start : start + chunk] = grad @ head
+            if grad_weight is not None:
                 grad_weight += (grad.t() @ h).to(precise)
-        if wants_grad:
-            ctx.save_for_backward(grad_hidden, grad_weight)
-            ctx.weight_dtype = weight.dtype
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.weight_dtype = weight.dtype
         return total
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
         (scale,) = grads
-        return grad_hidden * scale.to(grad_hidden.dtype), (grad_weight * scale).to(ctx.weight_dtype), None, None, None
+        if grad_hidden is not None:
+            grad_hidden = grad_hidden * scale.to(grad_hidden.dtype)
+        if grad_weight is not None:
+            grad_weight = (grad_weight * scale).to(ctx.weight_dtype)
+        return grad_hidden, grad_weight, None, None, None, None
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk: int = 2048) -> Tensor:
@@ -57,8 +69,11 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, chu
     """
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    # Asked here: inside an autograd function gradients are off, and a weight under no_grad still says requires_grad.
+    enabled = torch.is_grad_enabled()
+    wants = (enabled and hidden.requires_grad, enabled and weight.requires_grad)
     with torch.autocast(device, enabled=False):
-        loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, dtype, chunk)
+        loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, dtype, chunk, wants)
     return loss
 
 

@@ -1,0 +1,66 @@
+"""The command line: one file a command, thin. What the user got wrong is one line and exit code 2."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from typing import Any
+
+import typer
+
+from abyssal.cli.generate import generate_command
+from abyssal.cli.inspect import inspect_command
+from abyssal.cli.presets import presets_command
+from abyssal.cli.train import train_command
+from abyssal.errors import UserError
+
+app = typer.Typer(
+    name="abyssal",
+    help="The DeepSeek model line: configure, train, look inside, run.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command("presets")(presets_command)
+app.command("inspect")(inspect_command)
+app.command("train")(train_command)
+app.command("generate")(generate_command)
+
+
+def main() -> None:
+    """Runs the command line and exits: 0 well, 2 for what the user must change, 130 for Ctrl-C."""
+    warnings.showwarning = _show_warning
+    try:
+        code = typer.main.get_command(app).main(args=_arguments(sys.argv[1:]), standalone_mode=False)
+    except UserError as error:
+        code = _fail(str(error))
+    except OSError as error:  # a full disk, a folder without permission
+        where = f"{error.filename}: " if error.filename else ""
+        code = _fail(f"{where}{error.strerror or error}")
+    except (KeyboardInterrupt, typer.Abort):
+        code = 130
+    except Exception as error:
+        # What typer says of wrong arguments; by its method, since typer brings a click of its own from some version on.
+        if not hasattr(error, "format_message"):
+            raise
+        code = _fail(error.format_message())
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _arguments(arguments: list[str]) -> list[str]:
+    """``--resume`` alone means ``--resume auto``; no arguments at all ask for help."""
+    out = [] if arguments else ["--help"]
+    for i, argument in enumerate(arguments):
+        out.append(argument)
+        following = arguments[i + 1] if i + 1 < len(arguments) else "--"
+        if argument == "--resume" and (following.startswith("-") or "=" in following):
+            out.append("auto")
+    return out
+
+
+def _fail(message: str) -> int:
+    print(f"abyssal: error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+def _show_warning(message: Any, *_: Any, **__: Any) -> None:
+    print(f"abyssal: warning: {message}", file=sys.stderr)

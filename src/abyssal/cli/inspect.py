@@ -1,0 +1,88 @@
+"""``abyssal inspect``: what a model is made of, from its config alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def inspect_command(
+    model: Annotated[str, typer.Argument(help="A preset, a config.json or its folder, or a run.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show parameters (all and active, by part) and cached bytes a token. Takes no memory for weights."""
+    import json
+
+    from abyssal.analysis.parameters import count_parameters
+    from abyssal.cli.show import console, show_table, table
+
+    config = _config(model)
+    counts = count_parameters(config)
+    attention = config.attention
+    cached = attention.cached_values * config.num_hidden_layers
+    expanded = attention.expanded_values * config.num_hidden_layers
+    if as_json:
+        data = {
+            "parameters": {"total": counts.total, **counts.by_part},
+            "active": {"total": counts.active, **counts.active_by_part},
+            "active_without_embedding": counts.active_without_embedding,
+            "mtp": counts.mtp,
+            "cached_values_per_token_and_layer": attention.cached_values,
+            "cached_bytes_per_token": {"bfloat16": 2 * cached, "float32": 4 * cached},
+            "expanded_bytes_per_token": {"bfloat16": 2 * expanded, "float32": 4 * expanded},
+            "config": config.model_dump(),
+        }
+        print(json.dumps(data, indent=2))
+        return
+    moe = config.moe
+    console.print(f"[bold]{model}[/bold]: {_describe_attention(config)}")
+    if moe:
+        layers = [i for i in range(config.num_hidden_layers) if config.is_moe_layer(i)]
+        groups = (
+            f", {moe.topk_group} of {moe.n_group} groups" if moe.n_group > 1 and moe.topk_method != "greedy" else ""
+        )
+        console.print(
+            f"{moe.n_routed_experts} routed experts of width {moe.moe_intermediate_size}, {moe.num_experts_per_tok} a "
+            f"token{groups}, {moe.n_shared_experts} shared; {moe.scoring_func} scores, {moe.topk_method}; "
+            f"{len(layers)} of {config.num_hidden_layers} layers"
+        )
+    out = table("\npart", "\nparameters", "\nshare", "\nactive a token")
+    for part, count in counts.by_part.items():
+        active = counts.active_by_part[part]
+        out.add_row(part, f"{count:,}", f"{count / counts.total:.1%}", f"{active:,}")
+    out.add_row("[bold]total[/bold]", f"[bold]{counts.total:,}[/bold]", "", f"[bold]{counts.active:,}[/bold]")
+    out.add_row("  without the input embedding", "", "", f"{counts.active_without_embedding:,}")
+    if counts.mtp:
+        out.add_row("MTP modules (not in the total)", f"{counts.mtp:,}", "", "")
+    show_table(out)
+    out = table("\ncache", "\nvalues a token and layer", "\nbytes a token, BF16", "\nFP32")
+    name = "latent" if attention.kind != "mha" else "keys and values"
+    out.add_row(name, f"{attention.cached_values:,}", f"{2 * cached:,}", f"{4 * cached:,}")
+    if expanded != cached:
+        out.add_row("expanded heads", f"{attention.expanded_values:,}", f"{2 * expanded:,}", f"{4 * expanded:,}")
+        out.add_row("ratio", f"{expanded / cached:.1f}×", "", "")
+    show_table(out)
+
+
+def _config(model: str):  # type: ignore[no-untyped-def]
+    from abyssal.checkpoint.run import MANIFEST
+    from abyssal.config import resolve_model
+    from abyssal.training.start import run_recipe
+
+    if (Path(model) / MANIFEST).is_file():
+        return run_recipe(Path(model)).model_config_resolved()
+    return resolve_model(model)
+
+
+def _describe_attention(config) -> str:  # type: ignore[no-untyped-def]
+    a = config.attention
+    size = f"hidden {config.hidden_size:,}, {config.num_hidden_layers} layers, vocabulary {config.vocab_size:,}"
+    if a.kind == "mha":
+        return f"{size}; MHA, {a.num_attention_heads} heads of {a.head_dim}, {a.num_key_value_heads} kv heads"
+    latents = f"kv_lora_rank {a.kv_lora_rank}" if a.kind == "mla" else f"latents {a.k_lora_rank} and {a.v_lora_rank}"
+    query = f"q_lora_rank {a.q_lora_rank}" if a.q_lora_rank else "queries not compressed"
+    kind = "MLA" if a.kind == "mla" else "separate latents"
+    dims = f"{a.qk_nope_head_dim}/{a.qk_rope_head_dim}/{a.v_head_dim}"
+    return f"{size}; {kind}, {a.num_attention_heads} heads, nope/rope/v {dims}, {latents}, {query}"

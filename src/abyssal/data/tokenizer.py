@@ -1,0 +1,292 @@
+"""Byte-level BPE: text to token ids and back, exactly.
+
+Every DeepSeek generation uses byte-level BPE: the vocabulary holds all 256 bytes, so any text has an encoding and
+decoding gives it back byte for byte. `Tokenizer` wraps the `tokenizers` library, which does the encoding. Decoding is
+done here, over the bytes of each token, because a token may end in the middle of a UTF-8 character and a stream must
+not show half of one.
+
+Special tokens and plain text. `encode` adds none and finds none: where a corpus happens to contain the spelling
+``<｜end▁of▁sentence｜>``, those characters are encoded as ordinary text, never as the id that ends a document. Only the
+caller puts `bos_id` and `eos_id`, as ids. (Added tokens that a published file does not mark as special, such as
+DeepSeek-V3's ``<think>``, are found in text, as their authors meant. transformers finds the special ones too, unless
+told ``split_special_tokens=True``.)
+"""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
+
+from abyssal.errors import UserError
+
+BOS = "<｜begin▁of▁sentence｜>"  # id 0 and 1 in DeepSeek-V3, and in every tokenizer trained here
+EOS = "<｜end▁of▁sentence｜>"
+SMALLEST_VOCABULARY = 256 + 2
+
+# For a tokenizer.json with no tokenizer_config.json beside it; the first that is an added token counts.
+USUAL_BOS = (BOS, "<|begin_of_text|>", "<s>", "<bos>", "[BOS]")
+USUAL_EOS = (EOS, "<|end_of_text|>", "<|endoftext|>", "</s>", "<eos>", "[EOS]")
+
+
+class Tokenizer:
+    """A byte-level tokenizer with its BOS and EOS.
+
+    `vocab_size` is the highest id plus one, added tokens included: a model's vocab_size must be at least that.
+    `bos_id` and `eos_id` are None where the tokenizer has no such token. `backend` is changed: its padding and
+    truncation are switched off, and special tokens spelt in a text are no longer found. Raises UserError for a
+    tokenizer that is not byte-level or does not hold `bos` or `eos`.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, bos: str | None = None, eos: str | None = None) -> None:
+        spec = json.loads(backend.to_str())
+        if not _is_byte_level(spec["decoder"]):
+            kind = spec["decoder"]["type"] if spec["decoder"] else None
+            raise UserError(f"the tokenizer's decoder is {kind}; abyssal reads byte-level tokenizers (ByteLevel)")
+        added = backend.get_added_tokens_decoder()
+        special = {token.content for token in added.values() if token.special}
+        for token in (bos, eos):
+            if token is not None and backend.token_to_id(token) is None:
+                raise UserError(f"the vocabulary of {backend.get_vocab_size()} tokens has no {token!r}")
+            if token is not None and token not in special:
+                backend.add_special_tokens([AddedToken(token, special=True, normalized=False)])
+
+        backend.no_padding()
+        backend.no_truncation()
+        backend.encode_special_tokens = True
+        self.backend = backend
+        self.bos, self.eos = bos, eos
+        self.bos_id: int | None = None if bos is None else backend.token_to_id(bos)
+        self.eos_id: int | None = None if eos is None else backend.token_to_id(eos)
+
+        added = backend.get_added_tokens_decoder()
+        vocabulary = backend.get_vocab(with_added_tokens=True)
+        self.vocab_size: int = max(vocabulary.values()) + 1
+        self._special = frozenset(index for index, token in added.items() if token.special)
+        self._bytes = [b""] * self.vocab_size
+        for token, index in vocabulary.items():
+            self._bytes[index] = token.encode() if index in added else _bytes_of(token)
+        self._can_cut = _can_cut(spec)
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of `text`, with no special token added or found in it. Raises UserError for text that has no
+        UTF-8 form (a lone surrogate)."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of each text, spread over the processor's cores."""
+        try:
+            return [encoding.ids for encoding in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        except TypeError:
+            for text in texts:
+                check_unicode(text)
+            raise
+
+    def pieces(self, text: str, size: int = 2**16) -> Iterator[str]:
+        """Cut a long text into pieces of about `size` characters whose ids, one after the other, are the ids of the
+        whole. A novel then takes little memory and all cores. A tokenizer for which no such cut is known to be safe
+        gives the text whole."""
+        start = 0
+        while self._can_cut and (cut := _SAFE_CUT.search(text, start + size)):
+            yield text[start : cut.end()]
+            start = cut.end()
+        yield text[start:]
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that a token stands for, perhaps not whole UTF-8 characters; of a special token, its spelling.
+        Raises UserError for an id outside the vocabulary."""
+        if not 0 <= token_id < self.vocab_size:
+            raise UserError(
+                f"token id {token_id} is outside the tokenizer's vocabulary of {self.vocab_size} tokens "
+                f"(0 to {self.vocab_size - 1})"
+            )
+        return self._bytes[token_id]
+
+    def is_special(self, token_id: int) -> bool:
+        """Whether `decode` leaves the token out (BOS, EOS, and what the tokenizer marks as special)."""
+        return token_id in self._special
+
+    def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
+        """The text of `ids`, exactly as it was encoded. Bytes that are no UTF-8 become U+FFFD. Raises UserError for
+        an id outside the vocabulary."""
+        kept = (i for i in map(int, ids) if not (skip_special and i in self._special))
+        return b"".join(self.token_bytes(i) for i in kept).decode("utf-8", errors="replace")
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 in hex of what decides the ids: the tokenizer's JSON with sorted keys, BOS and EOS."""
+        spec = {"tokenizer": json.loads(self.backend.to_str()), "bos_id": self.bos_id, "eos_id": self.eos_id}
+        canonical = json.dumps(spec, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+    def save(self, folder: str | Path) -> None:
+        """Write tokenizer.json and tokenizer_config.json, as transformers' AutoTokenizer reads them."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": self.bos,
+            "eos_token": self.eos,
+            "clean_up_tokenization_spaces": False,
+        }
+        (folder / "tokenizer.json").write_text(self.backend.to_str(pretty=True), encoding="utf-8")
+        text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+        (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Tokenizer:
+        """Read a folder that holds tokenizer.json, or such a file itself. BOS and EOS are those of the
+        tokenizer_config.json beside it; one it does not mention is looked for under its usual spellings. Raises
+        UserError where a file is missing or damaged."""
+        path = Path(path)
+        file = path / "tokenizer.json" if path.is_dir() else path
+        if not file.is_file():
+            raise UserError(f"{file}: no such file; expected a tokenizer.json or a folder that holds one")
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(file))
+        except Exception as error:  # the library raises a bare Exception
+            raise UserError(f"{file}: not a tokenizer.json: {_one_line(error)}") from error
+        config_file = file.with_name("tokenizer_config.json")
+        config = _read_config(config_file) if config_file.is_file() else {}
+        added = {token.content for token in backend.get_added_tokens_decoder().values()}
+        names = []
+        for key, usual in (("bos_token", USUAL_BOS), ("eos_token", USUAL_EOS)):
+            token = config[key] if key in config else next((name for name in usual if name in added), None)
+            token = token.get("content") if isinstance(token, dict) else token
+            if token is not None and not isinstance(token, str):
+                raise UserError(f"{config_file}: {key} is {token!r}; expected a string, an object with content or null")
+            names.append(token)
+        try:
+            return cls(backend, *names)
+        except UserError as error:
+            raise UserError(f"{file}: {error}") from error
+
+
+class StreamDecoder:
+    """Decodes one token at a time and never shows half a UTF-8 character: bytes of an unfinished one wait for the
+    next token. All that `push` and `flush` return, joined, equals `Tokenizer.decode` of all the ids."""
+
+    def __init__(self, tokenizer: Tokenizer, skip_special: bool = True) -> None:
+        self._tokenizer = tokenizer
+        self._skip_special = skip_special
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token_id: int) -> str:
+        """The text that this token completes, perhaps empty. Raises UserError as `Tokenizer.decode` does."""
+        if self._skip_special and self._tokenizer.is_special(token_id):
+            return ""
+        return self._utf8.decode(self._tokenizer.token_bytes(token_id))
+
+    def flush(self) -> str:
+        """The end: U+FFFD if a character was left unfinished, else nothing. The decoder is then as new."""
+        text = self._utf8.decode(b"", final=True)
+        self._utf8.reset()
+        return text
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Learn a byte-level BPE vocabulary from `texts`: BOS is 0, EOS is 1, then the 256 bytes, then the merges, the
+    most frequent first. The same texts give the same ids.
+
+    Where the texts have too few different pairs for `vocab_size`, the tokenizer has fewer tokens: read its own
+    `vocab_size`, and give the model that or more. Raises UserError for a vocab_size below 258.
+    """
+    if vocab_size < SMALLEST_VOCABULARY:
+        raise UserError(f"vocab_size is {vocab_size}; byte-level BPE needs at least 258 (256 bytes, BOS and EOS)")
+    backend = _byte_level(models.BPE())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[BOS, EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    return Tokenizer(backend, BOS, EOS)
+
+
+def byte_tokenizer() -> Tokenizer:
+    """A token a byte and no merges: BOS is 0, EOS is 1, byte b is 2 + b."""
+    vocabulary = {BOS: 0, EOS: 1} | {_CHARACTER_OF[byte]: 2 + byte for byte in range(256)}
+    return Tokenizer(_byte_level(models.BPE(vocab=vocabulary, merges=[])), BOS, EOS)
+
+
+def check_unicode(text: str) -> None:
+    """Raise UserError for text with a lone surrogate, which has no UTF-8 form and so no tokens."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"the text holds a lone surrogate U+{ord(text[error.start]):04X} at character {error.start}; "
+            "expected text that has a UTF-8 form"
+        ) from error
+
+
+def _byte_level(model: models.BPE) -> tokenizers.Tokenizer:
+    backend = tokenizers.Tokenizer(model)
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _byte_alphabet() -> dict[int, str]:
+    """GPT-2's printable stand-in for each byte: visible Latin-1 characters stand for themselves, the others, in
+    order, for U+0100 and up."""
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in visible]
+    return {byte: chr(byte) for byte in visible} | {byte: chr(0x100 + n) for n, byte in enumerate(others)}
+
+
+_CHARACTER_OF = _byte_alphabet()
+_BYTE_OF = {character: byte for byte, character in _CHARACTER_OF.items()}
+
+# In GPT-2's pattern no match runs from a character that is not a blank into one that is, none looks back, and the one
+# look-ahead asks whether a run of blanks ends, which a piece ending in a non-blank answers as the whole text does.
+# (A cut after a newline would be wrong: it may split a run of blanks that the pattern takes as one.)
+_SAFE_CUT = re.compile(r"\S(?=[ \n])")
+
+
+def _bytes_of(token: str) -> bytes:
+    try:
+        return bytes(_BYTE_OF[character] for character in token)
+    except KeyError:  # a whole character that stands for itself, as in vocabularies that list a special token
+        return token.encode()
+
+
+def _can_cut(spec: dict[str, Any]) -> bool:
+    """Whether `_SAFE_CUT` holds: GPT-2's pattern, nothing before it, and no added token that is found in text."""
+    pattern = spec["pre_tokenizer"] or {}
+    return (
+        spec["normalizer"] is None
+        and pattern.get("type") == "ByteLevel"
+        and pattern.get("use_regex") is True
+        and pattern.get("add_prefix_space") is False
+        and all(token["special"] for token in spec["added_tokens"])
+    )
+
+
+def _is_byte_level(decoder: dict[str, Any] | None) -> bool:
+    if decoder is None:
+        return False
+    return decoder["type"] == "ByteLevel" or any(map(_is_byte_level, decoder.get("decoders", [])))
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: not a JSON file: {_one_line(error)}") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{file}: holds a JSON {type(config).__name__}; expected an object")
+    return config
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,1 @@
+"""The training loop, its recipes, optimizers, balancers and metrics."""

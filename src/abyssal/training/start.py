@@ -1,0 +1,153 @@
+"""Starting a run, new or resumed: everything is checked before anything is written."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from abyssal.checkpoint.run import MANIFEST, Run, check_free
+from abyssal.config import ModelConfig, merge, parse, read_config, read_mapping
+from abyssal.data.shards import TokenShards
+from abyssal.data.tokenizer import Tokenizer
+from abyssal.errors import UserError
+from abyssal.model import Transformer
+from abyssal.training.hardware import describe, resolve_device, resolve_dtype
+from abyssal.training.prepare import corpus_id, load_tokenizer, open_data
+from abyssal.training.recipe import Recipe, check, to_yaml
+from abyssal.training.trainer import Trainer
+
+RECIPE = "recipe.yaml"
+# What may change when a run goes on; anything else would make it another run.
+_MAY_CHANGE = ("name", "validation", "samples", "checkpoint", "log")
+
+
+def start(recipe: Recipe, path: Path, *, overwrite: bool = False, **options: Any) -> Trainer:
+    """A trainer for a new run in ``path``. Raises UserError, with nothing written, where the recipe can't be run.
+
+    ``options`` (``watcher``, ``should_stop``) go to :class:`Trainer`.
+    """
+    check_free(path, overwrite)
+    device = resolve_device(recipe.training.device)
+    dtype = resolve_dtype(recipe.training.dtype, device)
+    config = recipe.model_config_resolved()
+    tokenizer = load_tokenizer(recipe.data, config.vocab_size)
+    shards = _open(recipe, config, tokenizer)
+    model = Transformer(config, generator=torch.Generator().manual_seed(recipe.training.seed))
+    manifest = {
+        "abyssal": version("abyssal"),
+        "tokenizer": tokenizer.fingerprint,
+        "corpus": corpus_id(recipe.data),
+        "hardware": describe(device, dtype),
+    }
+    files = {RECIPE: to_yaml(recipe, resolved=True), MANIFEST: json.dumps(manifest, indent=2) + "\n"}
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save(folder)
+        files |= {file.name: file.read_text(encoding="utf-8") for file in Path(folder).iterdir()}
+    run = Run.create(path, files, overwrite=overwrite)
+    return Trainer(recipe, model, tokenizer, shards, run, device=device, dtype=dtype, **options)
+
+
+def resume(path: Path, recipe: Recipe | None, changes: dict[str, Any] | None = None, **options: Any) -> Trainer:
+    """A trainer that continues the run in ``path`` from its last whole checkpoint (from the start if it has none).
+
+    ``recipe``, where given, must be the run's own but for what may change (more steps, how often to save and look);
+    ``changes`` are laid over the run's. Raises UserError where it, the tokenizer or the corpus is another.
+    """
+    run = Run(path)
+    stored = run_recipe(path)
+    if changes:
+        recipe = _with_changes(stored, changes, path)
+    if recipe is not None:
+        if difference := _difference(stored, recipe):
+            raise UserError(f"{path}: this run belongs to another recipe: {difference}")
+        stored = recipe
+    run.lock()
+    tokenizer = Tokenizer.load(path)
+    if tokenizer.fingerprint != run.manifest.get("tokenizer"):
+        raise UserError(f"{path / 'tokenizer.json'}: not the tokenizer that this run began with")
+    if corpus_id(stored.data) != run.manifest.get("corpus"):
+        raise UserError(f"{path}: data.source: {stored.data.source} has changed since this run began")
+    config = stored.model_config_resolved()
+    shards = _open(stored, config, tokenizer)
+    device = resolve_device(stored.training.device)
+    recorded = run.manifest["hardware"]["dtype"] if stored.training.dtype == "auto" else stored.training.dtype
+    dtype = resolve_dtype(recorded, device)
+    steps = run.steps()
+    if steps and read_config(run.checkpoint(steps[-1])).model_copy(update={"published": {}}) != config.model_copy(
+        update={"published": {}}
+    ):
+        raise UserError(f"{run.checkpoint(steps[-1]) / 'config.json'}: not the model that {path / RECIPE} describes")
+    model = Transformer(config, generator=torch.Generator().manual_seed(stored.training.seed))
+    trainer = Trainer(stored, model, tokenizer, shards, run, device=device, dtype=dtype, **options)
+    if steps:
+        trainer.resume(steps[-1])
+    else:
+        run.forget_after(0)
+    (path / RECIPE).write_text(to_yaml(stored, resolved=True), encoding="utf-8")
+    return trainer
+
+
+def run_recipe(path: Path) -> Recipe:
+    """The recipe of the run in ``path``. Raises UserError."""
+    return parse(Recipe, read_mapping(path / RECIPE), str(path / RECIPE))
+
+
+def newest_run(folder: Path, recipe: Recipe) -> Path:
+    """The run in ``folder`` that was written to last among those that ``recipe`` fits. Raises UserError: none does."""
+    found = []
+    for manifest in folder.glob(f"*/{MANIFEST}"):
+        try:
+            if _difference(run_recipe(manifest.parent), recipe) is None:
+                newest = max((p.stat().st_mtime for p in manifest.parent.glob("checkpoints/*/state.json")), default=0.0)
+                found.append((newest, manifest.stat().st_mtime, manifest.parent))
+        except UserError:
+            continue  # a damaged run is no candidate
+    if not found:
+        raise UserError(f"--resume auto: no run in {folder} fits this recipe")
+    return max(found)[2]
+
+
+def _open(recipe: Recipe, config: ModelConfig, tokenizer: Tokenizer) -> tuple[TokenShards, TokenShards]:
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UserError(
+            f"data.tokenizer: it has {tokenizer.vocab_size} tokens, model.vocab_size is {config.vocab_size}; "
+            f"set model.vocab_size={tokenizer.vocab_size} or more"
+        )
+    return open_data(recipe.data, tokenizer)
+
+
+def _with_changes(stored: Recipe, changes: dict[str, Any], path: Path) -> Recipe:
+    recipe = parse(Recipe, merge(stored.model_dump(), changes), str(path / RECIPE))
+    check(recipe, recipe.model_config_resolved(), str(path / RECIPE))
+    return recipe
+
+
+def _difference(stored: Recipe, recipe: Recipe) -> str | None:
+    """The first setting in which two recipes are different runs, as ``key: theirs, not ours``; None if they are one."""
+    old, new = _flat(_comparable(stored)), _flat(_comparable(recipe))
+    for key in [*old, *(k for k in new if k not in old)]:
+        if old.get(key) != new.get(key):
+            return f"{key} is {old.get(key)!r} there, {new.get(key)!r} here"
+    return None
+
+
+def _comparable(recipe: Recipe) -> dict[str, Any]:
+    data = recipe.model_dump(exclude=set(_MAY_CHANGE))
+    data["model"] = recipe.model_config_resolved().model_dump(exclude={"published"})
+    del data["training"]["steps"], data["training"]["device"], data["data"]["cache"]
+    return data
+
+
+def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in data.items():
+        if isinstance(value, dict):
+            out |= _flat(value, f"{prefix}{key}.")
+        else:
+            out[prefix + key] = value
+    return out

@@ -1,0 +1,302 @@
+"""The training loop. One step, in order:
+
+    learning rate → for each micro-batch: forward, loss (+ balancers' terms), backward → clip → optimizer
+    → balancers move the biases by the whole step's load → metrics
+
+then, every so often: validation, samples, checkpoint. Training in FP32 on a CPU is deterministic: a run that was
+interrupted and resumed has the same losses, bit for bit, as one that was not.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from abyssal.analysis.balance import balance
+from abyssal.checkpoint import load_state, read_tensors, save_model, write_tensors
+from abyssal.checkpoint.folder import WEIGHTS
+from abyssal.checkpoint.run import Run
+from abyssal.data.loader import Batch, Loader
+from abyssal.data.shards import TokenShards
+from abyssal.data.tokenizer import Tokenizer
+from abyssal.errors import UserError
+from abyssal.generation import generate
+from abyssal.model import RoutingRecorder, Transformer
+from abyssal.training.balance import build_balancers
+from abyssal.training.evaluate import Evaluation, evaluate
+from abyssal.training.hardware import autocast, device_memory, process_memory
+from abyssal.training.loss import compute_losses, count_targets, total_loss
+from abyssal.training.optimizer import build_optimizer, learning_rate
+from abyssal.training.recipe import Recipe
+
+TRAINING_STATE = "training.safetensors"
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step was: losses in nats a token, of the main model and of each MTP module; loads [E] by layer."""
+
+    loss: float
+    mtp_loss: list[float]
+    balance_loss: float
+    grad_norm: float
+    lr: float
+    loads: dict[int, Tensor]
+
+
+class Watcher:
+    """Told what happens as it happens; the command line shows it. The default says nothing."""
+
+    def step(self, step: int, steps: int, record: dict[str, Any]) -> None:
+        """After every logged step."""
+
+    def validated(self, step: int, evaluation: Evaluation) -> None:
+        """After a validation."""
+
+    def sampled(self, step: int, samples: list[dict[str, str]]) -> None:
+        """After samples were written."""
+
+
+class Trainer:
+    """Trains ``model`` by ``recipe`` in ``run``, from where the run stands.
+
+    ``dtype`` is what matrix products run in. ``should_stop`` is asked after every step; when it says so, the state is
+    saved and :meth:`train` returns.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        shards: tuple[TokenShards, TokenShards],
+        run: Run,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        watcher: Watcher | None = None,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.recipe, self.tokenizer, self.run = recipe, tokenizer, run
+        self.device, self.dtype = device, dtype
+        self.watcher = watcher or Watcher()
+        self.should_stop = should_stop
+        self.model = model.to(device).train()
+        self.train_shards, self.validation_shards = shards
+        t = recipe.training
+        self.loader = Loader(
+            self.train_shards,
+            batch_size=t.batch_size,
+            sequence_length=t.sequence_length,
+            lookahead=1 + model.config.mtp.num_nextn_predict_layers,
+            seed=t.seed,
+        )
+        self.optimizer = build_optimizer(model, recipe.optimizer)
+        self.balancers = build_balancers(recipe.balance)
+        self.done = 0
+        self.tokens = 0
+        self.best: dict[str, Any] | None = None
+
+    def train(self) -> bool:
+        """Runs to the recipe's last step. True when it got there, False when asked to stop.
+
+        Raises UserError for a loss or gradient that is not finite: the step is named and not applied, and the last
+        checkpoint is kept. Raises OSError for a full disk; checkpoints written before stay whole.
+        """
+        steps, log = self.recipe.training.steps, self.recipe.log
+        pending: list[StepResult] = []
+        since = time.perf_counter()
+        while self.done < steps:
+            pending.append(self.step())
+            self.done += 1
+            last, stopping = self.done == steps, self.should_stop()
+            if last or stopping or self.done % log.every == 0:
+                now = time.perf_counter()
+                record = self._record(pending, now - since)
+                self.run.append_metrics(record)
+                self.watcher.step(self.done, steps, record)
+                pending, since = [], now
+            if last or self.done % self.recipe.validation.every == 0:
+                self._validate()
+            if self.recipe.samples.prompts and (last or self.done % self.recipe.samples.every == 0):
+                self._sample()
+            if last or stopping or self.done % self.recipe.checkpoint.every == 0 or self._is_best_now():
+                self.save()
+            if stopping and not last:
+                return False
+            if not pending:
+                since = time.perf_counter()  # validation and saving are not part of a step's time
+        return True
+
+    def step(self) -> StepResult:
+        """One optimizer step over ``accumulate`` micro-batches."""
+        t = self.recipe.training
+        lr = learning_rate(self.done, t.steps, self.recipe.optimizer.lr, self.recipe.schedule)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        batches = [self.loader.next() for _ in range(t.accumulate)]
+        depths = len(self.model.mtp_modules)
+        counts = [count_targets(batch, t.sequence_length, depths) for batch in batches]
+        step_counts = [sum(column) for column in zip(*counts, strict=True)]
+        nats = torch.zeros(1 + depths, device=self.device)
+        balance_loss = torch.zeros((), device=self.device)
+        loads: dict[int, Tensor] = {}
+        for batch in batches:
+            recorder = RoutingRecorder()
+            loss = self._loss(batch.to(self.device), step_counts, recorder, nats)
+            for layer, routings in recorder.routings.items():
+                for routing in routings:
+                    load = routing.load()
+                    loads[layer] = loads[layer] + load if layer in loads else load
+                    for balancer in self.balancers.values():
+                        term = balancer.loss(routing)
+                        if term is not None:
+                            balance_loss += term.detach() / t.accumulate
+                            loss = loss + term / t.accumulate
+            loss.backward()
+        # tolist and item wait for the device; from here on everything is known on the host
+        means = [n / max(count, 1) for n, count in zip(nats.tolist(), step_counts, strict=True)]
+        self._check_finite("loss", sum(means) + balance_loss.item())
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), t.clip).item()
+        self._check_finite("gradient norm", grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        routers = self.model.routers
+        for layer, load in loads.items():
+            for balancer in self.balancers.values():
+                balancer.after_step(layer, routers[layer], load)
+        self.tokens += t.accumulate * t.batch_size * t.sequence_length
+        return StepResult(means[0], means[1:], balance_loss.item(), grad_norm, lr, loads)
+
+    def _loss(self, batch: Batch, step_counts: list[int], recorder: RoutingRecorder, nats: Tensor) -> Tensor:
+        t = self.recipe.training
+        with autocast(self.device, self.dtype):
+            losses = compute_losses(self.model, batch, t.sequence_length, recorder=recorder, recompute=t.recompute)
+        nats += torch.stack([n.detach().float() for n in losses.nats])
+        return total_loss(losses, step_counts, t.mtp_weight)
+
+    def _check_finite(self, what: str, value: float) -> None:
+        if math.isfinite(value):
+            return
+        steps = self.run.steps()
+        kept = f"the last good checkpoint is {self.run.checkpoint(steps[-1])}" if steps else "no checkpoint yet"
+        raise UserError(
+            f"step {self.done + 1}: the {what} is {value}; {kept}; "
+            f"try a lower optimizer.lr (now {self.recipe.optimizer.lr}) or training.dtype=float32"
+        )
+
+    def _record(self, results: list[StepResult], seconds: float) -> dict[str, Any]:
+        """The metrics of the steps since the last record: means, and loads added up."""
+        n = len(results)
+        t = self.recipe.training
+        layers: dict[str, Any] = {}
+        for layer, router in self.model.routers.items():
+            per_step = [r.loads[layer].cpu() for r in results]
+            load = torch.stack(per_step).sum(0)
+            b = balance(load)
+            cv = sum(balance(one).cv for one in per_step) / n
+            layers[str(layer)] = {"load": load.tolist(), "cv": cv, "max_vio": b.max_vio, "dead": b.dead}
+            if router.e_score_correction_bias is not None:
+                layers[str(layer)]["bias"] = [round(x, 7) for x in router.e_score_correction_bias.tolist()]
+        return {
+            "kind": "train",
+            "step": self.done,
+            "steps": n,
+            "loss": sum(r.loss for r in results) / n,
+            "mtp_loss": [sum(column) / n for column in zip(*(r.mtp_loss for r in results), strict=True)],
+            "balance_loss": sum(r.balance_loss for r in results) / n,
+            "lr": results[-1].lr,
+            "grad_norm": results[-1].grad_norm,
+            "step_time": seconds / n,
+            "tokens_per_s": n * t.accumulate * t.batch_size * t.sequence_length / seconds,
+            "tokens": self.tokens,
+            "memory": {"process": process_memory(), "device": device_memory(self.device)},
+            "layers": layers,
+        }
+
+    def _validate(self) -> None:
+        t = self.recipe.training
+        self.model.eval()
+        evaluation = evaluate(
+            self.model,
+            self.validation_shards,
+            batch_size=t.batch_size,
+            sequence_length=t.sequence_length,
+            dtype=self.dtype,
+            batches=self.recipe.validation.batches,
+        )
+        self.model.train()
+        record = {"kind": "validation", "step": self.done, **vars(evaluation)}
+        self.run.append_metrics(record)
+        if self.best is None or evaluation.loss < self.best["loss"]:
+            self.best = {"step": self.done, "loss": evaluation.loss}
+        self.watcher.validated(self.done, evaluation)
+
+    def _is_best_now(self) -> bool:
+        return self.best is not None and self.best["step"] == self.done
+
+    def _sample(self) -> None:
+        s = self.recipe.samples
+        texts = generate(
+            self.model,
+            self.tokenizer,
+            s.prompts,
+            max_new_tokens=s.tokens,
+            temperature=s.temperature,
+            top_p=s.top_p,
+            seed=self.recipe.training.seed,
+        )
+        samples = [{"prompt": p, "text": text} for p, text in zip(s.prompts, texts, strict=True)]
+        self.run.append_metrics({"kind": "samples", "step": self.done, "samples": samples})
+        self.watcher.sampled(self.done, samples)
+
+    def save(self) -> None:
+        """Writes a checkpoint of the state after ``done`` steps."""
+        state = {"step": self.done, "tokens": self.tokens, "loader": self.loader.state_dict(), "best": self.best}
+
+        def write(folder: Path) -> None:
+            save_model(self.model, folder)
+            self.tokenizer.save(folder)
+            write_tensors(self._training_state(), folder / TRAINING_STATE)
+
+        self.run.save(self.done, state, write, self.recipe.checkpoint.keep)
+
+    def _training_state(self) -> dict[str, Tensor]:
+        tensors = {}
+        for name, parameter in self.model.named_parameters():
+            for key, value in self.optimizer.state[parameter].items():
+                tensors[f"optimizer.{key}.{name}"] = value
+        for name, balancer in self.balancers.items():
+            for key, value in balancer.state_dict().items():
+                tensors[f"balance.{name}.{key}"] = value
+        return tensors
+
+    def resume(self, step: int) -> None:
+        """Takes the state of the checkpoint after ``step`` steps. Raises UserError where it does not fit."""
+        folder = self.run.checkpoint(step)
+        state = self.run.state(step)
+        load_state(self.model, read_tensors(folder / WEIGHTS), str(folder / WEIGHTS))
+        tensors = read_tensors(folder / TRAINING_STATE)
+        moments: dict[str, dict[str, Tensor]] = {}
+        for key, value in tensors.items():
+            kind, part, name = key.split(".", 2)
+            if kind == "optimizer":
+                moments.setdefault(name, {})[part] = value.to(self.device)
+        for name, parameter in self.model.named_parameters():
+            if name not in moments:
+                raise UserError(f"{folder / TRAINING_STATE}: no optimizer state for {name}")
+            self.optimizer.state[parameter] = moments[name]
+        for name, balancer in self.balancers.items():
+            prefix = f"balance.{name}."
+            found = {k.removeprefix(prefix): v.to(self.device) for k, v in tensors.items() if k.startswith(prefix)}
+            balancer.load_state_dict(found)
+        self.loader.load_state_dict(state["loader"])
+        self.done, self.tokens, self.best = state["step"], state["tokens"], state["best"]
+        self.run.forget_after(step)
