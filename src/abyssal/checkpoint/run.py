@@ -42,7 +42,7 @@ class Run:
     def create(cls, path: Path, files: dict[str, str], *, overwrite: bool) -> Run:
         """Makes the folder with ``files`` (name to text) in it. Raises UserError where there is something already."""
         check_free(path, overwrite)
-        if overwrite and path.exists():
+        if (path / MANIFEST).is_file():
             cls(path).lock()  # not while another process trains there
             shutil.rmtree(path)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -51,15 +51,27 @@ class Run:
         with replace_folder(path) as partial:
             for name, text in files.items():
                 (partial / name).write_text(text, encoding="utf-8")
-        return cls(path)
+        run = cls(path)
+        run.lock()
+        return run
 
     def lock(self) -> None:
-        """Keeps other processes from writing here until this one ends. Raises UserError where one already does."""
-        self._lock = (self.path / ".lock").open("w")
+        """Keeps others from writing here until :meth:`unlock`. Raises UserError where one already does."""
+        if self._lock is not None:
+            return
+        file = (self.path / ".lock").open("w")
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
+            file.close()
             raise UserError(f"{self.path}: another process is training in this run folder") from None
+        self._lock = file
+
+    def unlock(self) -> None:
+        """Lets others write here again."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
     @property
     def manifest(self) -> dict[str, Any]:

@@ -265,8 +265,8 @@ def to_published(config: ModelConfig, model_type: str | None = None) -> dict[str
     if model_type in ("deepseek_v3", "kimi_k2"):
         out["num_nextn_predict_layers"] = config.mtp.num_nextn_predict_layers
     if moe is None:
-        # Every layer dense, said in both ways that the published codes look at.
-        return out | {"n_routed_experts": None, "first_k_dense_replace": config.num_hidden_layers}
+        # Every layer dense. No n_routed_experts: None there is what DeepSeek's code asks for and transformers refuses.
+        return out | {"first_k_dense_replace": config.num_hidden_layers}
     out |= moe.model_dump(exclude={"segments"})
     if model_type == "deepseek":
         for key in ("topk_method", "n_group", "topk_group", "routed_scaling_factor"):

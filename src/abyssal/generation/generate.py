@@ -63,10 +63,10 @@ def generate(
 ) -> str | list[str]:
     """The text that follows each prompt, without the prompt.
 
-    One prompt gives a string, a list of them a list. A prompt is a string, which gets the tokenizer's BOS in front
-    where there is one (``add_bos``), or a list of token ids, which is taken as it is; the answer is text for both.
-    ``overrides`` are fields of :class:`Sampling` that go before those of ``sampling``: ``generate(model, tokenizer,
-    "Once", temperature=0)``.
+    One prompt gives a string, a list of them a list (an empty list an empty one). A prompt is a string, which gets
+    the tokenizer's BOS in front where there is one (``add_bos``), or a list of token ids, which is taken as it is; the
+    answer is text for both. ``overrides`` are fields of :class:`Sampling` that go before those of ``sampling``:
+    ``generate(model, tokenizer, "Once", temperature=0)``.
 
     A sequence ends at EOS (the tokenizer's, and those of the model's config), before a stop string, after
     max_new_tokens, or where prompt and new tokens fill the context (config.max_position_embeddings), whichever comes

@@ -35,7 +35,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             h = hidden[start : start + chunk].to(dtype)
             target = targets[start : start + chunk]
             counted = (target != IGNORED).unsqueeze(1)
-            index = target.clamp_min(0).unsqueeze(1)
+            index = target.unsqueeze(1).masked_fill(~counted, 0)  # any other number outside 0…V-1 fails below
             log_p = (h @ head.t()).to(precise).log_softmax(-1)
             total -= (log_p.gather(1, index) * counted).sum()
             if any(wants):

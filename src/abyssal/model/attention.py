@@ -29,10 +29,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from abyssal.config import MHAConfig, MLAConfig, ModelConfig
+from abyssal.kernels.attention import attention
 from abyssal.model.cache import LayerCache
 from abyssal.model.layers import RMSNorm
 from abyssal.model.rotary import attention_mscale, rotate
@@ -72,13 +72,7 @@ def build_mask(valid: Tensor | None, start: int, queries: int, device: torch.dev
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, context: Context) -> Tensor:
     """Softmax attention, eq. (10): q [B, H, T, d], k [B, H', S, d], v [B, H', S, V] -> [B, T, H·V]; H' divides H."""
-    width = v.shape[-1]
-    if width < q.shape[-1]:
-        v = F.pad(v, (0, q.shape[-1] - width))  # torch's fast CPU kernel wants one size for all three
-    out = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=context.mask, is_causal=context.causal, scale=scale, enable_gqa=k.shape[1] != q.shape[1]
-    )
-    return out[..., :width].transpose(1, 2).flatten(2)
+    return attention(q, k, v, scale, context.mask, context.causal).transpose(1, 2).flatten(2)
 
 
 class MultiHeadAttention(nn.Module):
@@ -164,15 +158,21 @@ class LatentAttention(Queries):
         latent = self.kv_a_layernorm(latent)  # (1)
         k_rope = rotate(k_rope.unsqueeze(2), context.rope, self.interleaved).squeeze(2)  # (3)
         if cache is None:
-            out = (self._absorbed if absorb else self._expanded)(q_nope, q_rope, latent, k_rope, context)
+            if absorb:
+                out = self._absorbed(q_nope, q_rope, torch.cat((latent, k_rope), dim=-1), context)
+            else:
+                out = self._attend(q_nope, q_rope, *self._keys_values(latent, k_rope), context)
         elif cache.expanded:
             k, v = cache.append(context.start, *self._keys_values(latent, k_rope))
             out = self._attend(q_nope, q_rope, k, v, context)
         else:
             (past,) = cache.append(context.start, torch.cat((latent, k_rope), dim=-1))
             absorb = self.absorb_pays(x.shape[1]) if absorb is None else absorb
-            path = self._absorbed if absorb else self._expanded
-            out = path(q_nope, q_rope, past[..., : self.latent], past[..., self.latent :], context)
+            if absorb:
+                out = self._absorbed(q_nope, q_rope, past, context)
+            else:
+                k, v = self._keys_values(past[..., : self.latent], past[..., self.latent :])
+                out = self._attend(q_nope, q_rope, k, v, context)
         return self.o_proj(out)  # (11)
 
     def _keys_values(self, latent: Tensor, k_rope: Tensor) -> tuple[Tensor, Tensor]:
@@ -186,25 +186,21 @@ class LatentAttention(Queries):
         q = torch.cat((q_nope, q_rope), dim=-1)
         return attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), self.scale, context)
 
-    def _expanded(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, context: Context) -> Tensor:
-        return self._attend(q_nope, q_rope, *self._keys_values(latent, k_rope), context)
-
-    def _absorbed(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, context: Context) -> Tensor:
-        # All heads read the same latents, so heads and queries are simply rows: [B, H·T, C + R] against [B, S, C + R].
+    def _absorbed(self, q_nope: Tensor, q_rope: Tensor, past: Tensor, context: Context) -> Tensor:
+        """``past`` [B, S, C + R]: latents and rotary keys side by side, as they are cached."""
         w = self.kv_b_proj.weight.to(q_nope.dtype).unflatten(0, (self.heads, -1))
         w_uk, w_uv = w.split((self.nope, self.v_dim), dim=1)  # [H, N, C], [H, V, C]
         batch, queries = q_nope.shape[:2]
-        q_latent = torch.einsum("bthn,hnc->bhtc", q_nope, w_uk)
-        latent, k_rope = latent.to(q_nope.dtype), k_rope.to(q_nope.dtype)
-        scores = q_latent.flatten(1, 2) @ latent.transpose(1, 2)
-        scores = scores + q_rope.transpose(1, 2).flatten(1, 2) @ k_rope.transpose(1, 2)
-        scores = scores.view(batch, self.heads, queries, -1) * self.scale
+        q = torch.cat((torch.einsum("bthn,hnc->bhtc", q_nope, w_uk), q_rope.transpose(1, 2)), dim=-1)
+        # All heads share one key, which is also the value: every head's queries are rows of a single head. The rotary
+        # columns ride along in the value and are dropped, which is cheaper than copying the latents out of the cache.
+        rows = q.reshape(batch, 1, self.heads * queries, -1)
+        past = past.to(q.dtype).unsqueeze(1)
         mask = context.mask
         if mask is None and context.causal:
-            mask = torch.ones(queries, queries, dtype=torch.bool, device=scores.device).tril()
+            mask = torch.ones(1, 1, queries, queries, dtype=torch.bool, device=q.device).tril()
         if mask is not None:
-            scores = scores.masked_fill(~mask, float("-inf"))
-        softmax_dtype = torch.promote_types(scores.dtype, torch.float32)
-        p = scores.softmax(-1, dtype=softmax_dtype).to(latent.dtype)
-        o_latent = (p.flatten(1, 2) @ latent).view(batch, self.heads, queries, -1)
+            mask = mask.expand(-1, self.heads, -1, -1).flatten(1, 2).unsqueeze(1)
+        o = attention(rows, past, past, self.scale, mask, causal=False)
+        o_latent = o[..., : self.latent].view(batch, self.heads, queries, -1)
         return torch.einsum("bhtc,hvc->bthv", o_latent, w_uv).flatten(2)

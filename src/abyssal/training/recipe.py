@@ -146,7 +146,7 @@ class CheckpointConfig(Config):
 
 
 class LogConfig(Config):
-    """A line in metrics.jsonl every ``every`` steps. The balance at the end is that of the last ``window`` steps."""
+    """A line in metrics.jsonl every ``every`` steps, and before each validation and checkpoint. The balance at the end is that of the last ``window`` steps."""
 
     every: PositiveInt = 1
     window: PositiveInt = 100

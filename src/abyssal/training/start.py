@@ -10,16 +10,18 @@ from typing import Any
 
 import torch
 
+from abyssal.checkpoint import write_text
 from abyssal.checkpoint.run import MANIFEST, Run, check_free
 from abyssal.config import ModelConfig, merge, parse, read_config, read_mapping
 from abyssal.data.shards import TokenShards
 from abyssal.data.tokenizer import Tokenizer
 from abyssal.errors import UserError
+from abyssal.generation import stream
 from abyssal.model import Transformer
 from abyssal.training.hardware import describe, resolve_device, resolve_dtype
 from abyssal.training.prepare import corpus_id, load_tokenizer, open_data
 from abyssal.training.recipe import Recipe, check, to_yaml
-from abyssal.training.trainer import Trainer
+from abyssal.training.trainer import Trainer, build_loader
 
 RECIPE = "recipe.yaml"
 # What may change when a run goes on; anything else would make it another run.
@@ -38,6 +40,7 @@ def start(recipe: Recipe, path: Path, *, overwrite: bool = False, **options: Any
     tokenizer = load_tokenizer(recipe.data, config.vocab_size)
     shards = _open(recipe, config, tokenizer)
     model = Transformer(config, generator=torch.Generator().manual_seed(recipe.training.seed))
+    _check_prompts(recipe, model, tokenizer)
     manifest = {
         "abyssal": version("abyssal"),
         "tokenizer": tokenizer.fingerprint,
@@ -83,12 +86,13 @@ def resume(path: Path, recipe: Recipe | None, changes: dict[str, Any] | None = N
     ):
         raise UserError(f"{run.checkpoint(steps[-1]) / 'config.json'}: not the model that {path / RECIPE} describes")
     model = Transformer(config, generator=torch.Generator().manual_seed(stored.training.seed))
+    _check_prompts(stored, model, tokenizer)
     trainer = Trainer(stored, model, tokenizer, shards, run, device=device, dtype=dtype, **options)
     if steps:
         trainer.resume(steps[-1])
     else:
         run.forget_after(0)
-    (path / RECIPE).write_text(to_yaml(stored, resolved=True), encoding="utf-8")
+    write_text(path / RECIPE, to_yaml(stored, resolved=True))
     return trainer
 
 
@@ -118,7 +122,22 @@ def _open(recipe: Recipe, config: ModelConfig, tokenizer: Tokenizer) -> tuple[To
             f"data.tokenizer: it has {tokenizer.vocab_size} tokens, model.vocab_size is {config.vocab_size}; "
             f"set model.vocab_size={tokenizer.vocab_size} or more"
         )
-    return open_data(recipe.data, tokenizer)
+    train, validation = open_data(recipe.data, tokenizer)
+    build_loader(recipe, config, train)  # raises where the text is too short, while nothing is written yet
+    if len(validation) < 2:
+        raise UserError(
+            f"data.source: {len(validation)} held-out tokens of {recipe.data.validation or recipe.data.source} are too "
+            "few to validate on; use more text or a larger data.validation_fraction"
+        )
+    return train, validation
+
+
+def _check_prompts(recipe: Recipe, model: Transformer, tokenizer: Tokenizer) -> None:
+    for prompt in recipe.samples.prompts:
+        try:
+            stream(model, tokenizer, prompt)  # checks the prompt at once; nothing is generated before the first next()
+        except UserError as error:
+            raise UserError(f"samples.prompts: {prompt[:40]!r}: {error}") from None
 
 
 def _with_changes(stored: Recipe, changes: dict[str, Any], path: Path) -> Recipe:

@@ -23,6 +23,7 @@ from abyssal.analysis.balance import balance
 from abyssal.checkpoint import load_state, read_tensors, save_model, write_tensors
 from abyssal.checkpoint.folder import WEIGHTS
 from abyssal.checkpoint.run import Run
+from abyssal.config import ModelConfig
 from abyssal.data.loader import Batch, Loader
 from abyssal.data.shards import TokenShards
 from abyssal.data.tokenizer import Tokenizer
@@ -64,6 +65,18 @@ class Watcher:
         """After samples were written."""
 
 
+def build_loader(recipe: Recipe, config: ModelConfig, shards: TokenShards) -> Loader:
+    """The loader of training batches. Raises UserError for a split shorter than one sequence."""
+    t = recipe.training
+    return Loader(
+        shards,
+        batch_size=t.batch_size,
+        sequence_length=t.sequence_length,
+        lookahead=1 + config.mtp.num_nextn_predict_layers,
+        seed=t.seed,
+    )
+
+
 class Trainer:
     """Trains ``model`` by ``recipe`` in ``run``, from where the run stands.
 
@@ -90,14 +103,7 @@ class Trainer:
         self.should_stop = should_stop
         self.model = model.to(device).train()
         self.train_shards, self.validation_shards = shards
-        t = recipe.training
-        self.loader = Loader(
-            self.train_shards,
-            batch_size=t.batch_size,
-            sequence_length=t.sequence_length,
-            lookahead=1 + model.config.mtp.num_nextn_predict_layers,
-            seed=t.seed,
-        )
+        self.loader = build_loader(recipe, model.config, self.train_shards)
         self.optimizer = build_optimizer(model, recipe.optimizer)
         self.balancers = build_balancers(recipe.balance)
         self.done = 0
@@ -110,24 +116,34 @@ class Trainer:
         Raises UserError for a loss or gradient that is not finite: the step is named and not applied, and the last
         checkpoint is kept. Raises OSError for a full disk; checkpoints written before stay whole.
         """
-        steps, log = self.recipe.training.steps, self.recipe.log
+        self.run.lock()
+        try:
+            return self._train()
+        finally:
+            self.run.unlock()
+
+    def _train(self) -> bool:
+        r, steps = self.recipe, self.recipe.training.steps
         pending: list[StepResult] = []
         since = time.perf_counter()
         while self.done < steps:
             pending.append(self.step())
             self.done += 1
             last, stopping = self.done == steps, self.should_stop()
-            if last or stopping or self.done % log.every == 0:
+            validating = last or self.done % r.validation.every == 0
+            saving = last or stopping or self.done % r.checkpoint.every == 0
+            # A record never reaches over a checkpoint: what was pending when a run is killed would be lost to it.
+            if validating or saving or self.done % r.log.every == 0:
                 now = time.perf_counter()
                 record = self._record(pending, now - since)
                 self.run.append_metrics(record)
                 self.watcher.step(self.done, steps, record)
                 pending, since = [], now
-            if last or self.done % self.recipe.validation.every == 0:
+            if validating:
                 self._validate()
-            if self.recipe.samples.prompts and (last or self.done % self.recipe.samples.every == 0):
+            if r.samples.prompts and (last or self.done % r.samples.every == 0):
                 self._sample()
-            if last or stopping or self.done % self.recipe.checkpoint.every == 0 or self._is_best_now():
+            if saving or self._is_best_now():
                 self.save()
             if stopping and not last:
                 return False
@@ -163,9 +179,9 @@ class Trainer:
             loss.backward()
         # tolist and item wait for the device; from here on everything is known on the host
         means = [n / max(count, 1) for n, count in zip(nats.tolist(), step_counts, strict=True)]
-        self._check_finite("loss", sum(means) + balance_loss.item())
+        self._check_finite(self.done + 1, "loss", sum(means) + balance_loss.item())
         grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), t.clip).item()
-        self._check_finite("gradient norm", grad_norm)
+        self._check_finite(self.done + 1, "gradient norm", grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         routers = self.model.routers
@@ -182,13 +198,13 @@ class Trainer:
         nats += torch.stack([n.detach().float() for n in losses.nats])
         return total_loss(losses, step_counts, t.mtp_weight)
 
-    def _check_finite(self, what: str, value: float) -> None:
+    def _check_finite(self, step: int, what: str, value: float) -> None:
         if math.isfinite(value):
             return
         steps = self.run.steps()
         kept = f"the last good checkpoint is {self.run.checkpoint(steps[-1])}" if steps else "no checkpoint yet"
         raise UserError(
-            f"step {self.done + 1}: the {what} is {value}; {kept}; "
+            f"step {step}: the {what} is {value}; {kept}; "
             f"try a lower optimizer.lr (now {self.recipe.optimizer.lr}) or training.dtype=float32"
         )
 
@@ -233,6 +249,7 @@ class Trainer:
             batches=self.recipe.validation.batches,
         )
         self.model.train()
+        self._check_finite(self.done, "validation loss", evaluation.loss)
         record = {"kind": "validation", "step": self.done, **vars(evaluation)}
         self.run.append_metrics(record)
         if self.best is None or evaluation.loss < self.best["loss"]:

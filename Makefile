@@ -1,0 +1,79 @@
+# Every target sets up what it needs. `make demo` and `make test` are all a newcomer has to know.
+#
+# PYTHON       the interpreter that the environment is made from (3.11 or newer)
+# TORCH_INDEX  an extra package index for torch, for instance the one of PyTorch's CPU wheels (see README)
+
+PYTHON ?= python3
+TORCH_INDEX ?=
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+INSTALL := $(PIP) install --quiet --constraint constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+STAMP := $(shell date +%Y%m%d-%H%M%S)
+
+.PHONY: help setup demo test test-slow lint format bench wheel clean
+
+help:
+	@echo "make demo       train a small DeepSeek-V3 on Tiny Shakespeare and let it talk"
+	@echo "make test       run the tests"
+	@echo "make lint       formatting, lint, types, one-way imports"
+	@echo "make bench      benchmarks, each side in turn in one run"
+	@echo "make test-slow  long proofs that CI leaves out"
+	@echo "make wheel      build the wheel, install it in an empty environment, run a command"
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "abyssal needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1). Try make PYTHON=python3.12"; exit 2; }
+	@$(PYTHON) -m venv $(VENV) || { echo "could not make $(VENV); on Debian or Ubuntu: apt install python3-venv"; exit 2; }
+
+# torch first and by its exact version, so that nothing pulls in another build of it.
+$(VENV)/.torch: constraints.txt | $(BIN)/python
+	@echo "setting up $(VENV) (PyTorch first; some minutes the first time)"
+	@$(INSTALL) $$(grep '^torch==' constraints.txt) numpy
+	@touch $@
+
+$(VENV)/.base: $(VENV)/.torch pyproject.toml
+	@$(INSTALL) --editable .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.base
+	@$(INSTALL) --editable '.[dev]'
+	@touch $@
+
+setup: $(VENV)/.dev
+
+demo: $(VENV)/.base
+	@$(BIN)/abyssal train demo --out runs/demo-$(STAMP)
+
+test: $(VENV)/.dev
+	@$(BIN)/python -m pytest -n auto -m 'not slow'
+
+test-slow: $(VENV)/.dev
+	@$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/.dev
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+format: $(VENV)/.dev
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+bench: $(VENV)/.dev
+	@$(BIN)/python benchmarks/attention.py
+
+# Built from a clean tree, installed without the source, run from elsewhere: presets, recipes and corpus must be in it.
+wheel: $(VENV)/.torch
+	@rm -rf dist build/wheel-env
+	@$(PIP) wheel --quiet --no-deps --wheel-dir dist .
+	@$(PYTHON) -m venv build/wheel-env
+	@build/wheel-env/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt \
+		$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) $$(grep '^torch==' constraints.txt) dist/*.whl
+	@cd build && wheel-env/bin/abyssal presets && wheel-env/bin/abyssal train demo --print-config > /dev/null && \
+		wheel-env/bin/python -c "from abyssal.data.corpus import documents; print(sum(map(len, documents('tinyshakespeare'))), 'characters of corpus in the wheel')"
+	@rm -rf build/wheel-env
+
+clean:
+	rm -rf $(VENV) dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
