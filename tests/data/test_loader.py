@@ -26,6 +26,7 @@ sizes = st.fixed_dictionaries(
 )
 
 
+@settings(deadline=None, max_examples=60)
 @given(sizes=sizes, extra=st.integers(0, 90), seed=st.integers(0, 2**40))
 def test_an_epoch_takes_every_token_as_target_once(sizes: dict[str, int], extra: int, seed: int):
     sizes = sizes | {"batch_size": 1}  # so that an epoch ends with a batch
@@ -51,7 +52,7 @@ def test_an_epoch_takes_every_token_as_target_once(sizes: dict[str, int], extra:
         loader._begin(loader.epoch + 1, 0)
 
 
-@settings(max_examples=50)
+@settings(deadline=None, max_examples=60)
 @given(
     sizes=sizes, extra=st.integers(0, 60), seed=st.integers(0, 9), before=st.integers(0, 12), after=st.integers(1, 12)
 )
@@ -130,6 +131,7 @@ def test_sizes_below_one_are_refused(name: str):
         next(validation_batches(shards_of(100), **sizes))
 
 
+@settings(deadline=None, max_examples=60)
 @given(sizes=sizes, count=st.integers(2, 100))
 def test_validation_takes_every_token_but_the_first_once(sizes: dict[str, int], count: int):
     T, lookahead = sizes["sequence_length"], sizes["lookahead"]

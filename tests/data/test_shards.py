@@ -45,7 +45,7 @@ def split_plainly(documents: list[str], cut: int) -> tuple[list[str], list[str]]
     return train, validation
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(texts=texts, shard_tokens=st.integers(1, 50), fraction=st.floats(0, 0.6), data=st.data())
 def test_reading_equals_plain_concatenation(
     tmp_path_factory: pytest.TempPathFactory, texts: list[str], shard_tokens: int, fraction: float, data: st.DataObject
@@ -76,16 +76,18 @@ def test_reading_equals_plain_concatenation(
     shutil.rmtree(folder)
 
 
+@settings(deadline=None)
 @given(
-    parts=st.lists(st.lists(st.integers(0, 2**32 - 1), max_size=9), min_size=1), dtype=st.sampled_from(["<u2", "<u4"])
+    parts=st.lists(st.lists(st.integers(0, 2**16 - 1), max_size=9), min_size=1, max_size=5),
+    dtype=st.sampled_from(["<u2", "<u4"]),
+    data=st.data(),
 )
-def test_shards_of_any_size_and_type(parts: list[list[int]], dtype: str):
-    arrays = [np.array(part, dtype=np.uint32).astype(dtype) for part in parts]
-    plain = np.concatenate(arrays).astype(np.int64)
-    shards = TokenShards(arrays, np.array([0], dtype=np.int64), 0)
-    for start in range(len(plain) + 1):
-        for count in range(len(plain) + 1 - start):
-            assert shards.read(start, count).tolist() == plain[start : start + count].tolist()
+def test_shards_of_any_size_and_type(parts: list[list[int]], dtype: str, data: st.DataObject):
+    plain = [i for part in parts for i in part]
+    shards = TokenShards([np.array(part, dtype=dtype) for part in parts], np.array([0], dtype=np.int64), 0)
+    start = data.draw(st.integers(0, len(plain)))
+    count = data.draw(st.integers(0, len(plain) - start))
+    assert shards.read(start, count).tolist() == plain[start : start + count]
 
 
 def test_reading_outside_the_split_is_an_error():

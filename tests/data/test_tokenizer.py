@@ -17,7 +17,7 @@ from abyssal.errors import UserError
 TEXT = (
     "First Citizen:\nBefore we proceed any further, hear me speak.\n\n  Naïve 世界 we'll 123 the the then 🙂\t\n" * 20
 )
-BPE = train_bpe([TEXT], 400)
+BPE = train_bpe([TEXT], 320)
 BYTES = byte_tokenizer()
 BOTH = pytest.mark.parametrize("tokenizer", [BPE, BYTES], ids=["bpe", "bytes"])
 # Text (no lone surrogates) in which blanks, letters and marks meet often, which is what the pattern looks at.
@@ -46,6 +46,7 @@ def test_special_tokens_have_deepseek_v3_ids():
 
 
 @BOTH
+@settings(deadline=None)
 @given(text=unicode_text)
 def test_round_trip_of_any_text(tokenizer: Tokenizer, text: str):
     ids = tokenizer.encode(text)
@@ -53,6 +54,7 @@ def test_round_trip_of_any_text(tokenizer: Tokenizer, text: str):
     assert all(2 <= i < tokenizer.vocab_size for i in ids)
 
 
+@settings(deadline=None)
 @given(text=unicode_text)
 def test_ids_are_those_of_the_tokenizers_library(text: str):
     backend = tokenizers.Tokenizer.from_str(BPE.backend.to_str())
@@ -60,11 +62,13 @@ def test_ids_are_those_of_the_tokenizers_library(text: str):
     assert BPE.decode(BPE.encode(text)) == backend.decode(backend.encode(text).ids)
 
 
+@settings(deadline=None)
 @given(texts=st.lists(unicode_text, max_size=5))
 def test_a_batch_is_its_texts_one_by_one(texts: list[str]):
     assert BPE.encode_batch(texts) == [BPE.encode(text) for text in texts]
 
 
+@settings(deadline=None)
 @given(text=unicode_text, size=st.integers(0, 20))
 def test_pieces_have_the_ids_of_the_whole(text: str, size: int):
     pieces = list(BPE.pieces(text, size))
@@ -102,6 +106,7 @@ def test_decode_leaves_special_tokens_out_or_in(tokenizer: Tokenizer):
 
 @BOTH
 @pytest.mark.parametrize("skip_special", [True, False])
+@settings(deadline=None)
 @given(data=st.data())
 def test_stream_decoder_equals_decode(tokenizer: Tokenizer, skip_special: bool, data: st.DataObject):
     ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size - 1)))  # mostly invalid UTF-8
@@ -111,6 +116,7 @@ def test_stream_decoder_equals_decode(tokenizer: Tokenizer, skip_special: bool, 
 
 
 @BOTH
+@settings(deadline=None)
 @given(text=unicode_text)
 def test_stream_decoder_never_shows_half_a_character(tokenizer: Tokenizer, text: str):
     stream = StreamDecoder(tokenizer)
@@ -135,14 +141,14 @@ def test_a_lone_surrogate_is_named():
 
 
 def test_training_learns_merges_up_to_vocab_size():
-    assert BPE.vocab_size == 400
+    assert BPE.vocab_size == 320
     assert len(BPE.encode(TEXT)) < len(BYTES.encode(TEXT)) / 2
     assert train_bpe(["a"], 1000).vocab_size == 258  # no pair to merge: fewer than asked for
     assert train_bpe([TEXT], 258).vocab_size == 258
 
 
 def test_training_is_deterministic_across_processes():
-    code = "import sys; from abyssal.data.tokenizer import train_bpe; print(train_bpe([sys.argv[1]], 400).fingerprint)"
+    code = "import sys; from abyssal.data.tokenizer import train_bpe; print(train_bpe([sys.argv[1]], 320).fingerprint)"
     again = subprocess.run(
         [sys.executable, "-c", code, TEXT], capture_output=True, text=True, check=True, env={**os.environ}
     )
@@ -166,7 +172,7 @@ def test_save_and_load(tokenizer: Tokenizer, tmp_path: Path):
 
 
 def test_fingerprint_tells_tokenizers_apart():
-    others = [BYTES, train_bpe([TEXT], 399), Tokenizer(tokenizers.Tokenizer.from_str(BPE.backend.to_str()), None, EOS)]
+    others = [BYTES, train_bpe([TEXT], 319), Tokenizer(tokenizers.Tokenizer.from_str(BPE.backend.to_str()), None, EOS)]
     assert len({tokenizer.fingerprint for tokenizer in [BPE, *others]}) == 4
 
 
@@ -265,7 +271,7 @@ def test_what_cannot_be_loaded_is_said_in_one_line(tmp_path: Path, make: Callabl
         assert word in str(error.value)
 
 
-@settings(max_examples=20)
+@settings(deadline=None)
 @given(data=st.binary(max_size=40))
 def test_byte_tokenizer_is_the_bytes(data: bytes):
     assert BYTES.decode([2 + byte for byte in data]) == data.decode("utf-8", errors="replace")

@@ -46,7 +46,7 @@ def train_command(
     if print_config:
         from abyssal.training.start import run_recipe
 
-        shown = chosen if chosen is not None else run_recipe(Path(resume or ""))
+        shown = chosen if chosen is not None else run_recipe(Path(resume or ""), settings)
         print(to_yaml(shown, resolved=True), end="")
         return
     with _stop_on_signal() as (should_stop, stopped_by):

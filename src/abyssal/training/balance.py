@@ -24,8 +24,9 @@ class Balancer:
         """A term for one layer of one micro-batch, to be added to the loss. Called before the backward pass."""
         return None
 
-    def after_step(self, layer: int, router: Router, load: Tensor) -> None:
-        """Called once a layer after the optimizer's step; ``load`` [E] is summed over the whole global batch."""
+    def after_step(self, layer: int, router: Router, load: Tensor, progress: float = 0.0) -> None:
+        """Called once a layer after the optimizer's step; ``load`` [E] is summed over the whole global batch,
+        ``progress`` is how much of the run's steps were done before this one, 0 to 1."""
 
     def state_dict(self) -> dict[str, Tensor]:
         """What must survive a restart."""
@@ -36,16 +37,20 @@ class Balancer:
 
 
 class BiasSign(Balancer):
-    """b_i += rate · sign(mean load − load_i), after every step (V3 paper §2.1.2; arXiv 2408.15664, algorithm 1)."""
+    """b_i += rate · sign(mean load − load_i), after every step (V3 paper §2.1.2; arXiv 2408.15664, algorithm 1).
 
-    def __init__(self, rate: float) -> None:
-        self.rate = rate
+    The rate falls linearly to ``final`` · rate over the run; 1 keeps it constant.
+    """
+
+    def __init__(self, rate: float, final: float = 1.0) -> None:
+        self.rate, self.final = rate, final
 
     @torch.no_grad()
-    def after_step(self, layer: int, router: Router, load: Tensor) -> None:
+    def after_step(self, layer: int, router: Router, load: Tensor, progress: float = 0.0) -> None:
         load = load.float()
         assert router.e_score_correction_bias is not None
-        router.e_score_correction_bias += self.rate * (load.mean() - load).sign()
+        rate = self.rate * (1 - (1 - self.final) * progress)
+        router.e_score_correction_bias += rate * (load.mean() - load).sign()
 
 
 class BiasProportional(Balancer):
@@ -57,7 +62,7 @@ class BiasProportional(Balancer):
         self.steps: dict[int, int] = {}
 
     @torch.no_grad()
-    def after_step(self, layer: int, router: Router, load: Tensor) -> None:
+    def after_step(self, layer: int, router: Router, load: Tensor, progress: float = 0.0) -> None:
         self.pending[layer] = self.pending.get(layer, torch.zeros_like(load)) + load
         self.steps[layer] = self.steps.get(layer, 0) + 1
         if self.steps[layer] < self.every:
@@ -106,7 +111,7 @@ def build_balancers(config: BalanceConfig) -> dict[str, Balancer]:
     """The balancers that ``config`` names, by name."""
     balancers: dict[str, Balancer] = {}
     if config.bias_sign:
-        balancers["bias_sign"] = BiasSign(config.bias_sign.rate)
+        balancers["bias_sign"] = BiasSign(config.bias_sign.rate, config.bias_sign.final)
     if config.bias_proportional:
         balancers["bias_proportional"] = BiasProportional(config.bias_proportional.rate, config.bias_proportional.every)
     if config.token_loss:

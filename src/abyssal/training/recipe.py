@@ -71,9 +71,14 @@ class ScheduleConfig(Config):
 
 
 class BiasSignConfig(Config):
-    """After each step b_i += rate · sign(mean load − load_i) (V3 paper §2.1.2, arXiv 2408.15664)."""
+    """After each step b_i += rate · sign(mean load − load_i) (V3 paper §2.1.2, arXiv 2408.15664).
+
+    The rate falls linearly to ``final`` · rate at the run's end; 1 keeps it constant. (V3 went from 0.001 to 0 for its
+    last 3% of tokens: as the router settles, so may the bias.)
+    """
 
     rate: PositiveFloat = 0.001
+    final: float = Field(default=1.0, ge=0, le=1)
 
 
 class BiasProportionalConfig(Config):
@@ -146,7 +151,8 @@ class CheckpointConfig(Config):
 
 
 class LogConfig(Config):
-    """A line in metrics.jsonl every ``every`` steps, and before each validation and checkpoint. The balance at the end is that of the last ``window`` steps."""
+    """A line in metrics.jsonl every ``every`` steps, and before each validation and checkpoint. The balance at the end
+    is that of the last ``window`` steps."""
 
     every: PositiveInt = 1
     window: PositiveInt = 100

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from abyssal.checkpoint import write_text
+from abyssal.checkpoint.atomic import PARTIAL
 from abyssal.checkpoint.run import MANIFEST, Run, check_free
 from abyssal.config import ModelConfig, merge, parse, read_config, read_mapping
 from abyssal.data.shards import TokenShards
@@ -64,7 +65,7 @@ def resume(path: Path, recipe: Recipe | None, changes: dict[str, Any] | None = N
     run = Run(path)
     stored = run_recipe(path)
     if changes:
-        recipe = _with_changes(stored, changes, path)
+        recipe = run_recipe(path, changes)
     if recipe is not None:
         if difference := _difference(stored, recipe):
             raise UserError(f"{path}: this run belongs to another recipe: {difference}")
@@ -96,15 +97,20 @@ def resume(path: Path, recipe: Recipe | None, changes: dict[str, Any] | None = N
     return trainer
 
 
-def run_recipe(path: Path) -> Recipe:
-    """The recipe of the run in ``path``. Raises UserError."""
-    return parse(Recipe, read_mapping(path / RECIPE), str(path / RECIPE))
+def run_recipe(path: Path, changes: dict[str, Any] | None = None) -> Recipe:
+    """The recipe of the run in ``path``, with ``changes`` laid over it. Raises UserError."""
+    where = str(path / RECIPE)
+    recipe = parse(Recipe, merge(read_mapping(path / RECIPE), changes or {}), where)
+    check(recipe, recipe.model_config_resolved(), where)
+    return recipe
 
 
 def newest_run(folder: Path, recipe: Recipe) -> Path:
     """The run in ``folder`` that was written to last among those that ``recipe`` fits. Raises UserError: none does."""
     found = []
     for manifest in folder.glob(f"*/{MANIFEST}"):
+        if manifest.parent.name.endswith(PARTIAL):
+            continue  # left by a kill while it was made
         try:
             if _difference(run_recipe(manifest.parent), recipe) is None:
                 newest = max((p.stat().st_mtime for p in manifest.parent.glob("checkpoints/*/state.json")), default=0.0)
@@ -138,12 +144,6 @@ def _check_prompts(recipe: Recipe, model: Transformer, tokenizer: Tokenizer) -> 
             stream(model, tokenizer, prompt)  # checks the prompt at once; nothing is generated before the first next()
         except UserError as error:
             raise UserError(f"samples.prompts: {prompt[:40]!r}: {error}") from None
-
-
-def _with_changes(stored: Recipe, changes: dict[str, Any], path: Path) -> Recipe:
-    recipe = parse(Recipe, merge(stored.model_dump(), changes), str(path / RECIPE))
-    check(recipe, recipe.model_config_resolved(), str(path / RECIPE))
-    return recipe
 
 
 def _difference(stored: Recipe, recipe: Recipe) -> str | None:

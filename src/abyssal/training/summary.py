@@ -51,9 +51,9 @@ def summarize(records: list[dict[str, Any]], window: int) -> dict[str, Any]:
 
 def _summarize_layer(train: list[dict[str, Any]], layer: str, window: int) -> LayerSummary:
     end = train[-1]["step"]
-    recent = [r["layers"][layer] for r in train if r["step"] > end - window]
-    total = balance(torch.tensor([r["load"] for r in recent], dtype=torch.float64).sum(0))
-    cv_per_step = sum(r["cv"] for r in recent) / len(recent)
+    recent = [(r["steps"], r["layers"][layer]) for r in train if r["step"] > end - window]
+    total = balance(torch.tensor([r["load"] for _, r in recent], dtype=torch.float64).sum(0))
+    cv_per_step = sum(steps * r["cv"] for steps, r in recent) / sum(steps for steps, _ in recent)
     bias = {r["step"]: torch.tensor(r["layers"][layer]["bias"]) for r in train if r["layers"][layer].get("bias")}
     bias_range = [float(bias[end].min()), float(bias[end].max())] if end in bias else None
     first = last = None

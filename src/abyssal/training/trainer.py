@@ -31,6 +31,7 @@ from abyssal.errors import UserError
 from abyssal.generation import generate
 from abyssal.model import RoutingRecorder, Transformer
 from abyssal.training.balance import build_balancers
+from abyssal.training.board import Board
 from abyssal.training.evaluate import Evaluation, evaluate
 from abyssal.training.hardware import autocast, device_memory, process_memory
 from abyssal.training.loss import compute_losses, count_targets, total_loss
@@ -109,6 +110,7 @@ class Trainer:
         self.done = 0
         self.tokens = 0
         self.best: dict[str, Any] | None = None
+        self.board: Board | None = None
 
     def train(self) -> bool:
         """Runs to the recipe's last step. True when it got there, False when asked to stop.
@@ -117,9 +119,11 @@ class Trainer:
         checkpoint is kept. Raises OSError for a full disk; checkpoints written before stay whole.
         """
         self.run.lock()
+        self.board = Board(self.run.path / "tensorboard", self.done + 1)
         try:
             return self._train()
         finally:
+            self.board.close()
             self.run.unlock()
 
     def _train(self) -> bool:
@@ -136,7 +140,7 @@ class Trainer:
             if validating or saving or self.done % r.log.every == 0:
                 now = time.perf_counter()
                 record = self._record(pending, now - since)
-                self.run.append_metrics(record)
+                self._log(record)
                 self.watcher.step(self.done, steps, record)
                 pending, since = [], now
             if validating:
@@ -187,7 +191,7 @@ class Trainer:
         routers = self.model.routers
         for layer, load in loads.items():
             for balancer in self.balancers.values():
-                balancer.after_step(layer, routers[layer], load)
+                balancer.after_step(layer, routers[layer], load, self.done / t.steps)
         self.tokens += t.accumulate * t.batch_size * t.sequence_length
         return StepResult(means[0], means[1:], balance_loss.item(), grad_norm, lr, loads)
 
@@ -251,10 +255,15 @@ class Trainer:
         self.model.train()
         self._check_finite(self.done, "validation loss", evaluation.loss)
         record = {"kind": "validation", "step": self.done, **vars(evaluation)}
-        self.run.append_metrics(record)
+        self._log(record)
         if self.best is None or evaluation.loss < self.best["loss"]:
             self.best = {"step": self.done, "loss": evaluation.loss}
         self.watcher.validated(self.done, evaluation)
+
+    def _log(self, record: dict[str, Any]) -> None:
+        self.run.append_metrics(record)
+        if self.board is not None:
+            self.board.add(record)
 
     def _is_best_now(self) -> bool:
         return self.best is not None and self.best["step"] == self.done
@@ -271,7 +280,7 @@ class Trainer:
             seed=self.recipe.training.seed,
         )
         samples = [{"prompt": p, "text": text} for p, text in zip(s.prompts, texts, strict=True)]
-        self.run.append_metrics({"kind": "samples", "step": self.done, "samples": samples})
+        self._log({"kind": "samples", "step": self.done, "samples": samples})
         self.watcher.sampled(self.done, samples)
 
     def save(self) -> None:

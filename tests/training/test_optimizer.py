@@ -1,0 +1,104 @@
+"""The learning rate at points worked out by hand, and one AdamW step against its formula."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_runs import MODEL
+
+from abyssal.config import resolve_model
+from abyssal.model import Transformer
+from abyssal.training.optimizer import build_optimizer, learning_rate
+from abyssal.training.recipe import OptimizerConfig, ScheduleConfig
+
+
+class TestLearningRate:
+    @pytest.mark.parametrize(
+        ("step", "expected"),
+        [
+            (0, 0.25),
+            (1, 0.5),
+            (3, 1.0),
+            (4, 1.0),
+            (9, 0.55),  # half of the way from 4 to 14: (1 + 0.1) / 2
+            (14, 0.1),
+            (6, 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * 0.2))),
+        ],
+    )
+    def test_cosine(self, step, expected):
+        schedule = ScheduleConfig(kind="cosine", warmup=4, final=0.1)
+        assert learning_rate(step, 15, 2.0, schedule) == pytest.approx(2.0 * expected)
+
+    @pytest.mark.parametrize(
+        ("step", "expected"),
+        [(0, 0.5), (1, 1.0), (2, 1.0), (7, 1.0), (8, 0.8), (9, 0.6), (10, 0.4), (11, 0.2)],
+    )
+    def test_wsd(self, step, expected):
+        # the last third of 12 steps falls from 1 to 0.2 in four equal parts
+        schedule = ScheduleConfig(kind="wsd", warmup=2, final=0.2, decay=1 / 3)
+        assert learning_rate(step, 12, 3.0, schedule) == pytest.approx(3.0 * expected)
+
+    def test_one_step(self):
+        assert learning_rate(0, 1, 3.0, ScheduleConfig()) == pytest.approx(3.0)
+        assert learning_rate(0, 1, 3.0, ScheduleConfig(kind="wsd", final=0.5, decay=1.0)) == pytest.approx(1.5)
+
+    @given(
+        kind=st.sampled_from(["cosine", "wsd"]),
+        steps=st.integers(2, 60),
+        warmup=st.integers(0, 20),
+        final=st.floats(0, 1),
+        decay=st.floats(0.01, 1),
+    )
+    def test_rises_then_falls_between_its_ends(self, kind, steps, warmup, final, decay):
+        warmup = min(warmup, steps - 1)
+        schedule = ScheduleConfig(kind=kind, warmup=warmup, final=final, decay=decay)
+        rates = [learning_rate(step, steps, 1.0, schedule) for step in range(steps)]
+        assert all(0 <= rate <= 1 + 1e-12 for rate in rates)
+        rising, falling = rates[:warmup], rates[warmup:]
+        assert rising == sorted(rising)
+        assert all(later <= earlier + 1e-12 for earlier, later in zip(falling, falling[1:], strict=False))
+        if len(falling) > 1 and (kind == "cosine" or round(decay * steps) >= 1):
+            assert rates[-1] == pytest.approx(final)
+
+
+def test_decay_is_for_matrices():
+    model = Transformer(resolve_model(MODEL), generator=torch.Generator().manual_seed(0))
+    optimizer = build_optimizer(model, OptimizerConfig(lr=1e-3, weight_decay=0.3))
+    names = {id(p): name for name, p in model.named_parameters()}
+    decayed, plain = ({names[id(p)] for p in group["params"]} for group in optimizer.param_groups)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.3, 0.0]
+    assert plain == {name for name in names.values() if name.endswith("norm.weight")}
+    assert decayed | plain == set(names.values())
+    for name in (
+        "model.layers.1.mlp.experts.gate_up_proj",
+        "model.layers.1.mlp.experts.down_proj",
+        "model.layers.1.mlp.gate.weight",
+        "model.embed_tokens.weight",
+        "lm_head.weight",
+        "model.layers.2.eh_proj.weight",
+    ):
+        assert name in decayed
+
+
+def test_two_steps_against_the_formula():
+    """AdamW (arXiv 1711.05101, algorithm 2) in float64."""
+    model = Transformer(resolve_model(MODEL), generator=torch.Generator().manual_seed(0)).double()
+    config = OptimizerConfig(lr=0.01, beta1=0.8, beta2=0.9, eps=1e-6, weight_decay=0.2)
+    optimizer = build_optimizer(model, config)
+    generator = torch.Generator().manual_seed(3)
+    expected = {name: p.detach().clone() for name, p in model.named_parameters()}
+    first = {name: torch.zeros_like(p) for name, p in expected.items()}
+    second = {name: torch.zeros_like(p) for name, p in expected.items()}
+    for step in (1, 2):
+        for name, p in model.named_parameters():
+            p.grad = torch.randn(p.shape, generator=generator, dtype=p.dtype)
+            decay = 0.0 if name.endswith("norm.weight") else 0.2
+            first[name] = 0.8 * first[name] + 0.2 * p.grad
+            second[name] = 0.9 * second[name] + 0.1 * p.grad**2
+            m, v = first[name] / (1 - 0.8**step), second[name] / (1 - 0.9**step)
+            expected[name] -= 0.01 * (m / (v.sqrt() + 1e-6) + decay * expected[name])
+        optimizer.step()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.detach(), expected[name], rtol=1e-9, atol=1e-12)
