@@ -52,7 +52,7 @@ def decode(
     return torch.cat(out, dim=1)
 
 
-@settings(max_examples=150)
+@settings(max_examples=80)
 @given(
     kind=st.sampled_from(sorted(KINDS)),
     path=st.sampled_from(PATHS),

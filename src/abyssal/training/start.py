@@ -79,7 +79,8 @@ def resume(path: Path, recipe: Recipe | None, changes: dict[str, Any] | None = N
     config = stored.model_config_resolved()
     shards = _open(stored, config, tokenizer)
     device = resolve_device(stored.training.device)
-    recorded = run.manifest["hardware"]["dtype"] if stored.training.dtype == "auto" else stored.training.dtype
+    recorded = (run.manifest.get("hardware") or {}).get("dtype", "auto")  # what auto came to stays
+    recorded = recorded if stored.training.dtype == "auto" else stored.training.dtype
     dtype = resolve_dtype(recorded, device)
     steps = run.steps()
     if steps and read_config(run.checkpoint(steps[-1])).model_copy(update={"published": {}}) != config.model_copy(
