@@ -12,5 +12,6 @@ settings.register_profile(
 )
 settings.load_profile("abyssal")
 
-if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(1)
+# Small tensors gain nothing from threads, and workers that wait for each other's cost minutes. For child processes too.
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -1,3 +1,4 @@
+import copy
 import warnings
 from typing import Any
 
@@ -133,6 +134,9 @@ def check_against_transformers(config: ModelConfig, seed: int, std: float, shift
     assume(decided(model, tokens))
     with torch.no_grad():
         ours, theirs = model(tokens), twin(model)(input_ids=tokens).logits
+        # Weights this large can make a tiny model chaotic. Where FP32 is that far from float64 already (both of them
+        # ours), two orders of summation cannot agree to 1e-5, so such a case is drawn again, as a near tie is.
+        assume(difference(ours, copy.deepcopy(model).double()(tokens)) <= 3e-6)
     assert theirs.abs().max() > 0.01
     assert difference(ours, theirs) <= 1e-5
 

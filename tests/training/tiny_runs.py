@@ -106,3 +106,26 @@ def scrambled(model: Transformer, seed: int = 7) -> Transformer:
                     router.e_score_correction_bias.shape, generator=generator
                 )
     return model
+
+
+def figures(records: list[dict]) -> list[dict]:
+    """Metrics records without what depends on the machine's speed."""
+    return [{k: v for k, v in r.items() if k not in ("step_time", "tokens_per_s", "memory")} for r in records]
+
+
+def tensors_of(trainer) -> dict[str, torch.Tensor]:
+    """Everything that a run's future depends on: weights, biases, optimizer's and balancers' state."""
+    out = {f"model.{name}": value for name, value in trainer.model.state_dict().items()}
+    for name, parameter in trainer.model.named_parameters():
+        for key, value in trainer.optimizer.state[parameter].items():
+            out[f"optimizer.{name}.{key}"] = value
+    for name, balancer in trainer.balancers.items():
+        out |= {f"balance.{name}.{key}": value for key, value in balancer.state_dict().items()}
+    return {key: value.detach().clone() for key, value in out.items()}
+
+
+def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
+    """Whether two such states are equal bit for bit."""
+    return left.keys() == right.keys() and all(
+        left[key].dtype == right[key].dtype and torch.equal(left[key], right[key]) for key in left
+    )

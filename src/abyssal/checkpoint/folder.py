@@ -71,6 +71,8 @@ def load_model(
     stored = tensors["model.embed_tokens.weight"].dtype if "model.embed_tokens.weight" in tensors else torch.float32
     model.to(dtype or stored)
     model.to_empty(device=device or "cpu")
+    if config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight  # to_empty gave each of the two its own memory
     load_state(model, tensors, str(folder / WEIGHTS))
     return model.eval()
 

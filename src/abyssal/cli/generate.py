@@ -36,7 +36,7 @@ def generate_command(
         seed=seed,
         stop=tuple(stop or ()),
     )
-    network, tokenizer = load(model, device=resolve_device(device))
+    network, tokenizer = load(model, device=resolve_device(device, "--device"))
     if tokenizer is None:
         raise UserError(f"{model}: no tokenizer.json in this folder; text needs one")
     texts = prompts or [""]

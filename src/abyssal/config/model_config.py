@@ -131,7 +131,7 @@ class YarnConfig(Config):
 class RopeConfig(Config):
     """Rotary position embedding. ``interleaved`` turns (x0,x1), (x2,x3), …; ``halves`` turns (x0,x_{d/2}), …"""
 
-    theta: PositiveFloat = 10000.0
+    theta: float = Field(default=10000.0, gt=1)
     layout: Literal["interleaved", "halves"] = "interleaved"
     yarn: YarnConfig | None = None
 

@@ -26,6 +26,7 @@ _CARRIED = frozenset((
     "torch_dtype", "transformers_version", "unsloth_fixed", "unsloth_version", "use_cache",
 ))
 # fmt: on
+_CODE = ("architectures", "auto_map")  # whose code loads the file: another's where it is written as another type
 _ARCHITECTURE = {
     "deepseek": "DeepseekForCausalLM",
     "deepseek_v2": "DeepseekV2ForCausalLM",
@@ -235,9 +236,10 @@ def to_published(config: ModelConfig, model_type: str | None = None) -> dict[str
     if reason is not None:
         raise UserError(f"cannot be written as {model_type}: {reason}")
     attention, rope, moe = config.attention, config.rope, config.moe
+    same = config.published.get("model_type", model_type) == model_type
     out: dict[str, Any] = {
         "architectures": [_ARCHITECTURE[model_type]],
-        **{key: value for key, value in config.published.items() if key != "model_type"},
+        **{key: value for key, value in config.published.items() if key != "model_type" and (same or key not in _CODE)},
         "model_type": model_type,
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,

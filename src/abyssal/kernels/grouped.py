@@ -5,9 +5,10 @@ another dispatcher or kernel can take the place of any of them. :func:`experts_r
 are tested against.
 
 Two facts of CPUs shape this file. BF16 matrix products run five times faster when the same shapes come again (each new
-shape costs a new oneDNN primitive), so every expert's rows are padded to a multiple of 32 there. And the gradient that
-autograd derives for a gather adds rows up one thread at a time, or in an order that changes between runs; the backward
-functions here gather instead, since each assignment has a slot of its own. So training is reproducible bit by bit.
+shape costs a new oneDNN primitive), so every expert's rows are padded to a multiple of 32 there, and where the load is
+even enough all to the same number, which makes one batched product of many small ones. And the gradient that autograd
+derives for a gather adds rows up one thread at a time, or in an order that changes between runs; the backward functions
+here gather instead, since each assignment has a slot of its own. So training is reproducible bit by bit.
 
 Shapes: N tokens, K experts a token, E experts, P rows of the sorted buffer (≥ N·K), D hidden, F expert width.
 """
@@ -21,8 +22,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 _BF16_ROWS = 32
+_EVEN = 1.25  # with rows padded to the busiest expert's, at most so many times the work
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,8 @@ def plan(indices: Tensor, n_experts: int, dtype: torch.dtype) -> Plan:
     padded = counts
     if on_cpu and dtype in (torch.bfloat16, torch.float16):
         padded = (counts + _BF16_ROWS - 1) // _BF16_ROWS * _BF16_ROWS
+        if padded.max() * n_experts <= _EVEN * flat.numel():
+            padded = padded.max().expand(n_experts)
     ends = padded.cumsum(0)
     bounds = [0, *ends.tolist()] if on_cpu else None
     order = flat.argsort(stable=True)
@@ -67,6 +72,7 @@ class _Gather(torch.autograd.Function):
         return x.index_select(0, source)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         (slot,) = ctx.saved_tensors
         (grad,) = grads
@@ -86,6 +92,7 @@ class _Combine(torch.autograd.Function):
         return torch.bmm(weights.unsqueeze(1), picked).squeeze(1)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         rows, weights, slot = ctx.saved_tensors
         (grad,) = grads
@@ -105,15 +112,23 @@ class _GroupedLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bounds: list[int]) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.bounds = bounds
+        if _even(bounds):
+            return torch.bmm(x.view(len(weight), -1, x.shape[1]), weight.transpose(1, 2)).flatten(0, 1)
         out = x.new_empty(x.shape[0], weight.shape[1])
         for expert, start, end in _slices(bounds):
             torch.mm(x[start:end], weight[expert].t(), out=out[start:end])
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight = ctx.saved_tensors
         grad = grads[0].contiguous()
+        if _even(ctx.bounds):
+            x_e, grad_e = (tensor.view(len(weight), -1, tensor.shape[1]) for tensor in (x, grad))
+            grad_x = torch.bmm(grad_e, weight).flatten(0, 1) if ctx.needs_input_grad[0] else None
+            grad_weight = torch.bmm(grad_e.transpose(1, 2), x_e) if ctx.needs_input_grad[1] else None
+            return grad_x, grad_weight, None
         grad_x = x.new_empty(x.shape) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         for expert, start, end in _slices(ctx.bounds):
@@ -122,6 +137,11 @@ class _GroupedLinear(torch.autograd.Function):
             if grad_weight is not None:
                 torch.mm(grad[start:end].t(), x[start:end], out=grad_weight[expert])
         return grad_x, grad_weight, None
+
+
+def _even(bounds: list[int]) -> bool:
+    """Whether every expert has the same number of rows (at least one)."""
+    return bounds[1] > 0 and bounds == list(range(0, bounds[-1] + 1, bounds[1]))
 
 
 def _slices(bounds: list[int]) -> list[tuple[int, int, int]]:

@@ -39,7 +39,7 @@ class Balancer:
 class BiasSign(Balancer):
     """b_i += rate · sign(mean load − load_i), after every step (V3 paper §2.1.2; arXiv 2408.15664, algorithm 1).
 
-    The rate falls linearly to ``final`` · rate over the run; 1 keeps it constant.
+    The rate falls geometrically to ``final`` · rate over the run; 1 keeps it constant.
     """
 
     def __init__(self, rate: float, final: float = 1.0) -> None:
@@ -49,7 +49,7 @@ class BiasSign(Balancer):
     def after_step(self, layer: int, router: Router, load: Tensor, progress: float = 0.0) -> None:
         load = load.float()
         assert router.e_score_correction_bias is not None
-        rate = self.rate * (1 - (1 - self.final) * progress)
+        rate = self.rate * self.final**progress
         router.e_score_correction_bias += rate * (load.mean() - load).sign()
 
 

@@ -10,16 +10,17 @@ import torch
 from abyssal.errors import UserError
 
 
-def resolve_device(name: str) -> torch.device:
-    """``auto`` (a GPU where there is one), or any device that torch knows. Raises UserError where it is not there."""
+def resolve_device(name: str, field: str = "training.device") -> torch.device:
+    """``auto`` (a GPU where there is one), or any device that torch knows. Raises UserError, naming ``field``, where
+    it is not there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()  # the meta device takes tensors, but has no numbers in them
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"training.device: {name!r} cannot be used here ({reason})") from None
+        raise UserError(f"{field}: {name!r} cannot be used here ({reason})") from None
     return device
 
 
