@@ -128,20 +128,30 @@ def configs(draw: st.DrawFn, generation: int) -> ModelConfig:
     )
 
 
+def sensitivity(model: Transformer, tokens: Tensor) -> float:
+    """How far the logits move when every weight moves by about FP32's rounding. A tiny model with large weights can be
+    chaotic; where this is near 1e-5, two orders of summation can't agree to 1e-5, and the case is drawn again, as a
+    near tie is. All in our own float64, so that it can't hide a difference from transformers."""
+    exact = copy.deepcopy(model).double()
+    before = exact(tokens)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in exact.parameters():
+        parameter.mul_(1 + 2e-7 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+    return difference(exact(tokens), before)
+
+
 def check_against_transformers(config: ModelConfig, seed: int, std: float, shift: float) -> None:
     model = randomised(config, seed=seed, std=std, dtype=torch.float32, shift=shift)
     tokens = tokens_for(config, 2, 20, seed)
     assume(decided(model, tokens))
     with torch.no_grad():
         ours, theirs = model(tokens), twin(model)(input_ids=tokens).logits
-        # Weights this large can make a tiny model chaotic. Where FP32 is that far from float64 already (both of them
-        # ours), two orders of summation cannot agree to 1e-5, so such a case is drawn again, as a near tie is.
-        assume(difference(ours, copy.deepcopy(model).double()(tokens)) <= 3e-6)
+        assume(sensitivity(model, tokens) <= 3e-6)
     assert theirs.abs().max() > 0.01
     assert difference(ours, theirs) <= 1e-5
 
 
-SEEDS, STDS = st.integers(0, 2**31), st.sampled_from([0.1, 0.2, 0.4])
+SEEDS, STDS = st.integers(0, 2**31), st.sampled_from([0.05, 0.1, 0.2, 0.4])
 
 
 @settings(max_examples=60)

@@ -9,6 +9,8 @@ Shapes: B sequences, T tokens, K experts a token, E experts.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -39,7 +41,7 @@ class Balancer:
 class BiasSign(Balancer):
     """b_i += rate · sign(mean load − load_i), after every step (V3 paper §2.1.2; arXiv 2408.15664, algorithm 1).
 
-    The rate falls geometrically to ``final`` · rate over the run; 1 keeps it constant.
+    The rate falls along a cosine to ``final`` · rate over the run; 1 keeps it constant.
     """
 
     def __init__(self, rate: float, final: float = 1.0) -> None:
@@ -49,7 +51,7 @@ class BiasSign(Balancer):
     def after_step(self, layer: int, router: Router, load: Tensor, progress: float = 0.0) -> None:
         load = load.float()
         assert router.e_score_correction_bias is not None
-        rate = self.rate * self.final**progress
+        rate = self.rate * (self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * progress)))
         router.e_score_correction_bias += rate * (load.mean() - load).sign()
 
 

@@ -73,12 +73,12 @@ class ScheduleConfig(Config):
 class BiasSignConfig(Config):
     """After each step b_i += rate · sign(mean load − load_i) (V3 paper §2.1.2, arXiv 2408.15664).
 
-    The rate falls geometrically to ``final`` · rate at the run's end; 1 keeps it constant. (V3 went from 0.001 to 0 for
-    its last 3% of tokens: as the router settles, so may the bias.)
+    The rate falls along a cosine to ``final`` · rate at the run's end; 1 keeps it constant. (V3 went from 0.001 to 0
+    for its last 3% of tokens: as the router settles, so may the bias.)
     """
 
     rate: PositiveFloat = 0.001
-    final: float = Field(default=1.0, gt=0, le=1)
+    final: float = Field(default=1.0, ge=0, le=1)
 
 
 class BiasProportionalConfig(Config):
