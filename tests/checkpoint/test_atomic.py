@@ -47,7 +47,9 @@ class TestFolder:
 
     def test_every_file_is_on_the_disk_before_the_name_is(self, tmp_path, monkeypatch):
         events, opened, real = [], {}, os.open
-        monkeypatch.setattr(os, "open", lambda path, *rest: opened.setdefault(real(path, *rest), str(path)) and max(opened))
+        monkeypatch.setattr(
+            os, "open", lambda path, *rest: opened.setdefault(real(path, *rest), str(path)) and max(opened)
+        )
         monkeypatch.setattr(os, "fsync", lambda descriptor: events.append(opened.pop(descriptor)))
         rename = os.rename
         monkeypatch.setattr(os, "rename", lambda a, b: (events.append("rename"), rename(a, b)))

@@ -175,9 +175,7 @@ class TestCorpus:
     def test_nothing_held_out(self, refused, recipe, tmp_path):
         (tmp_path / "x.txt").write_text("only a few words, and not one of them is held out")
         (tmp_path / "v.txt").write_text("x")
-        err = refused(
-            "train", recipe, f"data.source={tmp_path / 'x.txt'}", f"data.validation={tmp_path / 'gone.txt'}"
-        )
+        err = refused("train", recipe, f"data.source={tmp_path / 'x.txt'}", f"data.validation={tmp_path / 'gone.txt'}")
         assert "gone.txt" in err
 
     def test_not_utf8(self, refused, recipe, tmp_path):

@@ -128,7 +128,9 @@ class TestMetrics:
 
     def test_a_record_of_several_steps(self, data, tmp_path):
         one = tiny_trainer(data, tmp_path / "one")
-        many = tiny_trainer(data, tmp_path / "many", log={"every": 100}, checkpoint={"every": 8}, validation={"every": 8})
+        many = tiny_trainer(
+            data, tmp_path / "many", log={"every": 100}, checkpoint={"every": 8}, validation={"every": 8}
+        )
         one.train(), many.train()
         single = [r for r in one.run.metrics() if r["kind"] == "train"]
         (record,) = [r for r in many.run.metrics() if r["kind"] == "train"]

@@ -68,7 +68,11 @@ class TestStep:
         results = []
         for recompute in (False, True):
             trainer = tiny_trainer(
-                data, tmp_path / f"run-{recompute}", balance=balance, training__recompute=recompute, checkpoint__every=100
+                data,
+                tmp_path / f"run-{recompute}",
+                balance=balance,
+                training__recompute=recompute,
+                checkpoint__every=100,
             )
             steps = [trainer.step() for _ in range(4)]
             results.append((steps, tensors_of(trainer)))
@@ -197,9 +201,7 @@ class TestNotFinite:
         """A step with a finite loss can still ruin the weights; the checkpoint after it must not be written."""
         trainer = tiny_trainer(data, tmp_path / "run")
         losses = iter([3.0, math.nan])
-        monkeypatch.setattr(
-            "abyssal.training.trainer.evaluate", lambda *_, **__: Evaluation(next(losses), 1.0, 10)
-        )
+        monkeypatch.setattr("abyssal.training.trainer.evaluate", lambda *_, **__: Evaluation(next(losses), 1.0, 10))
         self.fails(trainer, "step 6: the validation loss is nan")
         assert trainer.run.steps() == [3]
         assert trainer.run.state(3)["best"] == {"step": 3, "loss": 3.0}
