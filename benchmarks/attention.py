@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -41,7 +40,9 @@ class Side:
     def __init__(self, kind: str, layers: int, context: int, batch: int) -> None:
         self.config = config(kind, layers, context)
         generator = torch.Generator().manual_seed(0)
-        self.model = Transformer(self.config, generator=generator).to(torch.bfloat16).eval()
+        with torch.device("meta"):  # so that no FP32 copy of the weights counts as peak memory
+            self.model = Transformer(self.config).to(torch.bfloat16).eval()
+        self.model.to_empty(device="cpu").initialize(generator)
         self.cache = Cache(self.config, batch, context + 64, dtype=torch.bfloat16)
         for layer in self.cache.layers:
             for tensor in layer.tensors:
@@ -96,7 +97,9 @@ def main() -> None:
     args = parser.parse_args()
     if args.child:
         Side(args.child, args.layers, args.context, args.batch[0]).decode()
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        # Not getrusage: its maximum survives exec, so a child would report its parent's.
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+        print(next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM")))
         return
     machine = describe(torch.device("cpu"), torch.bfloat16)
     print(" ".join(f"{key}={value}" for key, value in machine.items()))
