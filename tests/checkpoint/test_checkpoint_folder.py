@@ -221,7 +221,7 @@ class TestDamaged:
             def __reduce__(self):
                 return (open, (str(tmp_path / "exploded"), "w"))
 
-        model, folder = saved
+        _, folder = saved
         bomb = pickle.dumps(Bomb())
         (folder / "model.safetensors").unlink()
         for name in ("pytorch_model.bin", "model.bin", "model.pt", "training.pt"):

@@ -122,7 +122,7 @@ class TestFolder:
     def test_taken(self, run):
         save(run, 1)
         run.unlock()
-        with pytest.raises(UserError, match="--resume .* --overwrite"):
+        with pytest.raises(UserError, match=r"--resume .* --overwrite"):
             Run.create(run.path, {"run.json": "{}"}, overwrite=False)
         assert run.steps() == [1]
         assert Run.create(run.path, {"run.json": "{}"}, overwrite=True).steps() == []

@@ -1,11 +1,5 @@
-import sys
-from pathlib import Path
-
 import pytest
-
-sys.path.append(str(Path(__file__).parent.parent / "training"))  # tiny_runs: the same tiny model and recipe
-
-from tiny_runs import tiny_recipe  # noqa: E402
+from tiny_runs import tiny_recipe
 
 
 @pytest.fixture

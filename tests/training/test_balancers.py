@@ -39,6 +39,15 @@ class TestBiasSign:
         balancer.after_step(1, router, torch.tensor([1, 0, 0, 19]))
         torch.testing.assert_close(router.e_score_correction_bias, torch.tensor([0.001, -0.001, -0.001, 0.001]))
 
+    def test_the_rate_falls_along_a_cosine(self):
+        router, balancer = router_of(2), BiasSign(0.01, final=0.2)
+        load, b = torch.tensor([3, 1]), router.e_score_correction_bias
+        # cos 0°, 60°, 90°, 180° = 1, 1/2, 0, -1: of the way from 0.01 to 0.002 it has gone 0, 1/4, 1/2, 1
+        for progress, rate in ((0.0, 0.01), (1 / 3, 0.008), (0.5, 0.006), (1.0, 0.002)):
+            before = b.clone()
+            balancer.after_step(1, router, load, progress)
+            torch.testing.assert_close(b - before, torch.tensor([-rate, rate]), rtol=1e-4, atol=1e-8)
+
     def test_an_even_load_moves_nothing(self):
         router = router_of(4)
         BiasSign(0.5).after_step(1, router, torch.tensor([7, 7, 7, 7]))
@@ -245,7 +254,7 @@ class TestConfig:
         }
         built = build_balancers(build_recipe(data, balance=settings).balance)
         assert {name: vars(balancer) for name, balancer in built.items()} == {
-            "bias_sign": {"rate": 0.5},
+            "bias_sign": {"rate": 0.5, "final": 1.0},
             "bias_proportional": {"rate": 0.25, "every": 3, "pending": {}, "steps": {}},
             "token_loss": {"alpha": 2.0, "by_sequence": False, "normalize": True},
             "sequence_loss": {"alpha": 3.0, "by_sequence": True, "normalize": False},

@@ -1,6 +1,7 @@
 """The learning rate at points worked out by hand, and one AdamW step against its formula."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -58,7 +59,7 @@ class TestLearningRate:
         assert all(0 <= rate <= 1 + 1e-12 for rate in rates)
         rising, falling = rates[:warmup], rates[warmup:]
         assert rising == sorted(rising)
-        assert all(later <= earlier + 1e-12 for earlier, later in zip(falling, falling[1:], strict=False))
+        assert all(later <= earlier + 1e-12 for earlier, later in pairwise(falling))
         if len(falling) > 1 and (kind == "cosine" or round(decay * steps) >= 1):
             assert rates[-1] == pytest.approx(final)
 

@@ -287,7 +287,7 @@ def test_newest_run(data, tmp_path):
     folder = tmp_path / "runs"
     folder.mkdir()
     recipe = build_recipe(data)
-    with pytest.raises(UserError, match="no run in .* fits"):
+    with pytest.raises(UserError, match=r"no run in .* fits"):
         newest_run(folder, recipe)
     for name, changes, when in (("old", {}, 100), ("new", {}, 300), ("other", {"optimizer__lr": 0.5}, 500)):
         trainer = tiny_trainer(data, folder / name, stop_after(1), **changes)
@@ -300,5 +300,5 @@ def test_newest_run(data, tmp_path):
     assert newest_run(folder, recipe) == folder / "new"
     shutil.copytree(folder / "new", folder / "half.partial")  # what a kill leaves behind is none either
     shutil.rmtree(folder / "new")
-    with pytest.raises(UserError, match="no run in .* fits"):
+    with pytest.raises(UserError, match=r"no run in .* fits"):
         newest_run(folder, recipe)

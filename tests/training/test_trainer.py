@@ -1,4 +1,4 @@
-"""One training step, and what ends a run: loads, accumulation, recomputation, numbers that are not finite, full disks."""
+"""One training step, and what ends a run: loads, accumulation, recomputation, numbers not finite, full disks."""
 
 import errno
 import math

@@ -224,7 +224,8 @@ class Trainer:
             cv = sum(balance(one).cv for one in per_step) / n
             layers[str(layer)] = {"load": load.tolist(), "cv": cv, "max_vio": b.max_vio, "dead": b.dead}
             if router.e_score_correction_bias is not None:
-                layers[str(layer)]["bias"] = [round(x, 7) for x in router.e_score_correction_bias.tolist()]
+                bias = [round(x, 7) for x in router.e_score_correction_bias.tolist()]
+                layers[str(layer)] |= {"bias": bias, "bias_range": [min(bias), max(bias)]}
         return {
             "kind": "train",
             "step": self.done,
