@@ -161,7 +161,7 @@ class TestMetrics:
 
 
 class TestKept:
-    @settings(max_examples=8)
+    @settings(max_examples=5)
     @given(
         losses=st.lists(st.integers(1, 50), min_size=6, max_size=6, unique=True),
         keep=st.integers(1, 3),

@@ -37,9 +37,9 @@ class TrainConfig(Config):
     """
 
     steps: PositiveInt
-    batch_size: PositiveInt
+    batch_size: int = Field(ge=1, le=1_000_000)
     sequence_length: PositiveInt
-    accumulate: PositiveInt = 1
+    accumulate: int = Field(default=1, ge=1, le=1_000_000)
     clip: PositiveFloat = 1.0
     mtp_weight: NonNegativeFloat = 0.3
     seed: int = Field(default=1234, ge=0)

@@ -16,7 +16,7 @@ class LayerSummary:
 
     ``cv``, ``max_vio`` and ``dead`` are of the load summed over the window, ``cv_per_step`` is the mean of each step's
     CV. ``bias_first`` and ``bias_last`` are the net movement of the bias (mean over experts of its absolute change)
-    over the first and the last ``window`` steps; None for a router without one, or a run of fewer steps.
+    over the first and the last ``window`` steps; None for a router without one, or a run with no steps besides these.
     """
 
     cv: float
