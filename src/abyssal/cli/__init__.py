@@ -30,6 +30,9 @@ app.command("generate")(generate_command)
 def main() -> None:
     """Runs the command line and exits: 0 well, 2 for what the user must change, 130 for Ctrl-C."""
     warnings.showwarning = _show_warning
+    # Before torch is loaded: threads that wait for each other sleep instead of spinning. Where another process wants a
+    # core too, spinning makes a training step several times as long (docs/notebook.md).
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         code = typer.main.get_command(app).main(args=_arguments(sys.argv[1:]), standalone_mode=False)
     except UserError as error:
