@@ -204,7 +204,7 @@ def test_a_learning_rate_that_ruins_everything(whole, tmp_path, monkeypatch, cap
     assert caught.value.code == 2
     run = Run(path)
     assert err.startswith("abyssal: error: step 2: the ")  # weights of 1e30: step 1 is the last with finite numbers
-    assert f"is nan; the last good checkpoint is {run.checkpoint(1)}; try a lower optimizer.lr" in err
+    assert f"is nan; the last good checkpoint is {run.checkpoint(1)}; begin anew with a lower optimizer.lr" in err
     assert err.count("\n") == 1
     assert run.steps() == [1]
     assert [r["step"] for r in run.metrics()] == [1]

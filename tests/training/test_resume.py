@@ -198,6 +198,19 @@ class TestKept:
         assert tokenizer.fingerprint == trainer.tokenizer.fingerprint
 
 
+def test_the_best_before_an_interruption_is_not_forgotten(data, tmp_path, monkeypatch):
+    losses = iter([1.0, 3.0, 2.0, 4.0, 5.0, 6.0])
+    monkeypatch.setattr("abyssal.training.trainer.evaluate", lambda *_, **__: Evaluation(next(losses), 1.0, 1))
+    data |= {"validation": {"every": 1}, "checkpoint": {"every": 1, "keep": 1}}
+    data["training"]["steps"] = 6
+    tiny_trainer(data, tmp_path / "run", stop_after(2)).train()
+    trainer = resume(tmp_path / "run", None)
+    assert trainer.best == {"step": 1, "loss": 1.0}
+    trainer.train()
+    assert trainer.run.steps() == [1, 6]
+    assert trainer.run.best() == 1
+
+
 class TestRefused:
     @pytest.fixture
     def path(self, data, tmp_path):

@@ -3,7 +3,7 @@
 recipe.yaml         what was asked for, the model's config written out
 run.json            fingerprints, versions, hardware, the dtype that ``auto`` came to
 tokenizer.json, …   the tokenizer
-metrics.jsonl       one JSON object a line, ``kind``: train, validation, samples, start
+metrics.jsonl       one JSON object a line, ``kind``: train, validation, samples
 summary.json        the final figures
 checkpoints/step-00000400/
     config.json, model.safetensors, tokenizer.json, …   a model folder in the published layout
@@ -89,7 +89,7 @@ class Run:
         return sorted(int(match[1]) for name in names if (match := _STEP.match(name)))
 
     def state(self, step: int) -> dict[str, Any]:
-        """state.json of a checkpoint."""
+        """state.json of a checkpoint. Raises UserError where it is missing or no JSON."""
         return _read_json(self.checkpoint(step) / "state.json")
 
     def best(self) -> int | None:

@@ -59,7 +59,9 @@ def _arguments(arguments: list[str]) -> list[str]:
     for i, argument in enumerate(arguments):
         out.append(argument)
         following = arguments[i + 1] if i + 1 < len(arguments) else "--"
-        if argument == "--resume" and (following.startswith("-") or "=" in following):
+        if argument == "--resume" and (
+            following.startswith("-") or ("=" in following and not os.path.exists(following))
+        ):
             out.append("auto")
     return out
 

@@ -117,6 +117,8 @@ def show_summary(trainer: Trainer, records: list[dict[str, Any]]) -> None:
             f"[bold]{validation['bits_per_byte']:.4f}[/bold] bits a byte"
             + (also if best["step"] != validation["step"] else "")
         )
-    console.print(f"training    {duration(summary['seconds'])}, {summary['tokens'] / summary['seconds']:,.0f} tokens/s")
+    if summary.get("seconds"):
+        rate = summary["tokens"] / summary["seconds"]
+        console.print(f"training    {duration(summary['seconds'])}, {rate:,.0f} tokens/s")
     console.print(f"run folder  {trainer.run.path}")
     console.print(f'try         abyssal generate {trainer.run.path} "ROMEO:"')

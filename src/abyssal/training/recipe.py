@@ -89,7 +89,7 @@ class BiasProportionalConfig(Config):
 
 
 class TokenLossConfig(Config):
-    """alpha · Σ P_i · f_i over all tokens of a batch (DeepSeekMoE paper §3.3)."""
+    """alpha · Σ P_i · f_i over all tokens of a micro-batch (DeepSeekMoE paper §3.3), averaged over micro-batches."""
 
     alpha: PositiveFloat = 0.001
     normalize: bool = False

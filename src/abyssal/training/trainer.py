@@ -209,7 +209,7 @@ class Trainer:
         kept = f"the last good checkpoint is {self.run.checkpoint(steps[-1])}" if steps else "no checkpoint yet"
         raise UserError(
             f"step {step}: the {what} is {value}; {kept}; "
-            f"try a lower optimizer.lr (now {self.recipe.optimizer.lr}) or training.dtype=float32"
+            f"begin anew with a lower optimizer.lr (now {self.recipe.optimizer.lr}) or training.dtype=float32"
         )
 
     def _record(self, results: list[StepResult], seconds: float) -> dict[str, Any]:
@@ -309,6 +309,11 @@ class Trainer:
         """Takes the state of the checkpoint after ``step`` steps. Raises UserError where it does not fit."""
         folder = self.run.checkpoint(step)
         state = self.run.state(step)
+        for key in ("step", "tokens", "loader", "best"):
+            if key not in state:
+                raise UserError(
+                    f"{folder / 'state.json'}: {key}: missing; remove {folder} to go on from the one before"
+                )
         load_state(self.model, read_tensors(folder / WEIGHTS), str(folder / WEIGHTS))
         tensors = read_tensors(folder / TRAINING_STATE)
         moments: dict[str, dict[str, Tensor]] = {}
