@@ -12,7 +12,7 @@ from abyssal.errors import UserError
 
 @pytest.fixture
 def run(tmp_path):
-    return Run.create(tmp_path / "run", {"run.json": "{}", "recipe.yaml": "x"}, overwrite=False)
+    return Run.create(tmp_path / "run", {"run.json": '{"tokenizer": ""}', "recipe.yaml": "x"}, overwrite=False)
 
 
 def save(run: Run, step: int, best: int | None = None, keep: int = 2) -> None:
@@ -26,7 +26,9 @@ class TestSave:
         keep=st.integers(1, 4),
     )
     def test_the_last_and_the_best_stay(self, tmp_path_factory, steps, better, keep):
-        run = Run.create(tmp_path_factory.mktemp("x") / "run", {"run.json": "{}"}, overwrite=False)
+        run = Run.create(
+            tmp_path_factory.mktemp("x") / "run", {"run.json": '{"tokenizer": ""}', "recipe.yaml": ""}, overwrite=False
+        )
         best, kept = None, []
         for i, step in enumerate(steps):
             best = step if best is None or better[i] else best
@@ -115,7 +117,7 @@ class TestFolder:
         file.write_text("x")
         for path in (folder, file):
             with pytest.raises(UserError, match="is no run folder"):
-                Run.create(path, {"run.json": "{}"}, overwrite=overwrite)
+                Run.create(path, {"run.json": '{"tokenizer": ""}', "recipe.yaml": ""}, overwrite=overwrite)
         assert (folder / "chapter1.tex").read_text() == "years of work"
         assert file.read_text() == "x"
 
@@ -123,15 +125,16 @@ class TestFolder:
         save(run, 1)
         run.unlock()
         with pytest.raises(UserError, match=r"--resume .* --overwrite"):
-            Run.create(run.path, {"run.json": "{}"}, overwrite=False)
+            Run.create(run.path, {"run.json": '{"tokenizer": ""}', "recipe.yaml": ""}, overwrite=False)
         assert run.steps() == [1]
-        assert Run.create(run.path, {"run.json": "{}"}, overwrite=True).steps() == []
-        assert not (run.path / "recipe.yaml").exists()
+        assert Run.create(run.path, {"run.json": '{"tokenizer": ""}', "recipe.yaml": ""}, overwrite=True).steps() == []
+        assert (run.path / "recipe.yaml").read_text() == ""  # not the old one's
 
     @pytest.mark.parametrize("overwrite", [False, True])
     def test_an_empty_folder_is_taken_over(self, tmp_path, overwrite):
         (tmp_path / "run").mkdir()
-        assert Run.create(tmp_path / "run", {"run.json": "{}"}, overwrite=overwrite).manifest == {}
+        files = {"run.json": '{"tokenizer": ""}', "recipe.yaml": ""}
+        assert Run.create(tmp_path / "run", files, overwrite=overwrite).manifest == {"tokenizer": ""}
 
     def test_opening(self, tmp_path):
         with pytest.raises(UserError, match="no such run folder"):
@@ -150,7 +153,7 @@ class TestLock:
             with pytest.raises(UserError, match="another process is training"):
                 other.lock()
         with pytest.raises(UserError, match="another process is training"):
-            Run.create(run.path, {"run.json": "{}"}, overwrite=True)
+            Run.create(run.path, {"run.json": '{"tokenizer": ""}', "recipe.yaml": ""}, overwrite=True)
         run.lock()  # its own
         run.unlock()
         other.lock()

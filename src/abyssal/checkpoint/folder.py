@@ -45,6 +45,8 @@ def config_to_json(config: ModelConfig, dtype: torch.dtype) -> str:
     """``config`` as config.json: in the published form where some published code computes it, else in our own."""
     try:
         data = to_published(config, published_model_type(config))
+        for key in ("quantization_config", "dtype"):  # they describe the file that this config came from
+            data.pop(key, None)
         data["torch_dtype"] = str(dtype).removeprefix("torch.")
     except UserError:
         data = config.model_dump()

@@ -137,7 +137,9 @@ def check_free(path: Path, overwrite: bool) -> None:
     """Raises UserError where ``path`` is taken: by a run without ``overwrite``, or by anything that is no run."""
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
-    if not (path / MANIFEST).is_file():
+    if not (
+        (path / MANIFEST).is_file() and (path / "recipe.yaml").is_file() and "tokenizer" in _read_json(path / MANIFEST)
+    ):
         raise UserError(f"{path}: exists and is no run folder; choose another with --out")
     if not overwrite:
         raise UserError(f"{path}: this run exists; continue it with --resume {path}, or replace it with --overwrite")

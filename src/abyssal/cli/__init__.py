@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import warnings
@@ -33,10 +34,18 @@ def main() -> None:
     # Before torch is loaded: threads that wait for each other sleep instead of spinning. Where another process wants a
     # core too, spinning makes a training step several times as long (docs/notebook.md).
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that can't show a character shows a ?
     try:
+        for argument in sys.argv[1:]:
+            argument.encode("utf-8")
         code = typer.main.get_command(app).main(args=_arguments(sys.argv[1:]), standalone_mode=False)
     except UserError as error:
         code = _fail(str(error))
+    except UnicodeEncodeError as error:
+        code = _fail(f"{error.object!r}: not UTF-8")
+    except MemoryError as error:
+        code = _fail(f"not enough memory: {error}")
     except BrokenPipeError:  # the reader of our output (head, less) has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
@@ -46,6 +55,8 @@ def main() -> None:
     except (KeyboardInterrupt, typer.Abort):
         code = 130
     except Exception as error:
+        if isinstance(error, RuntimeError) and "memory" in str(error):  # torch's allocators
+            sys.exit(_fail(f"not enough memory: {str(error).splitlines()[0]}"))
         # What typer says of wrong arguments; by its method, since typer brings a click of its own from some version on.
         if not hasattr(error, "format_message"):
             raise

@@ -49,15 +49,17 @@ def train_command(
         shown = chosen if chosen is not None else run_recipe(Path(resume or ""), settings)
         print(to_yaml(shown, resolved=True), end="")
         return
-    with _stop_on_signal() as (should_stop, stopped_by):
-        trainer = _trainer(chosen, settings, out, resume, overwrite, should_stop)
+    # Until training begins, Ctrl-C and SIGTERM end the program at once: there is nothing to save yet.
+    stop = _stop_on_signal()
+    trainer = _trainer(chosen, settings, out, resume, overwrite, stop.asked)
+    with stop:
         finished = _run(trainer)
     if not finished:
         from abyssal.cli.show import console
 
         step = trainer.done
         console.print(f"stopped after step {step} and saved; continue with: abyssal train --resume {trainer.run.path}")
-        raise typer.Exit(128 + stopped_by())
+        raise typer.Exit(128 + stop.received[0])
 
 
 def _trainer(
@@ -103,10 +105,14 @@ def _run(trainer: Trainer) -> bool:
 class _stop_on_signal:
     """Ctrl-C and SIGTERM ask the trainer to stop after the step at hand; a second Ctrl-C ends the program at once."""
 
-    def __enter__(self) -> tuple[Callable[[], bool], Callable[[], int]]:
+    def __init__(self) -> None:
         self.received: list[int] = []
+
+    def asked(self) -> bool:
+        return bool(self.received)
+
+    def __enter__(self) -> None:
         self.previous = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
-        return lambda: bool(self.received), lambda: self.received[0]
 
     def _handle(self, number: int, _: Any) -> None:
         if self.received:

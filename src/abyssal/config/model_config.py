@@ -205,7 +205,7 @@ class ModelConfig(Config):
     that it can be written back.
     """
 
-    vocab_size: PositiveInt
+    vocab_size: int = Field(ge=1, le=2**24)
     hidden_size: PositiveInt
     num_hidden_layers: PositiveInt
     intermediate_size: PositiveInt

@@ -110,7 +110,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
     """A .json, .yaml or .yml file as a dict. Raises UserError where it is missing, unreadable or holds no mapping."""
     try:
         text = path.read_text(encoding="utf-8")
-        data = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+        data = json.loads(text) if path.suffix == ".json" else _with_floats(yaml.safe_load(text))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except UnicodeDecodeError as error:
@@ -124,6 +124,17 @@ def read_mapping(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise UserError(f"{path}: expected a mapping of keys to values, found {_show(data)}")
     return data
+
+
+def _with_floats(value: Any) -> Any:
+    """``value`` with strings such as ``1e-3`` as numbers: YAML 1.1 reads them as strings, and nobody means that."""
+    if isinstance(value, dict):
+        return {key: _with_floats(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_with_floats(item) for item in value]
+    if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
+        return float(value)
+    return value
 
 
 def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

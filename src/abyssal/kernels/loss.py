@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 IGNORED = -100
+_CHUNK_VALUES = 2**21  # logits at a time: 8 MB in FP32; at least 256 rows, for the sake of the products
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -63,12 +64,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return grad_hidden, grad_weight, None, None, None, None
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk: int = 2048) -> Tensor:
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk: int | None = None) -> Tensor:
     """Sum over tokens of −log softmax(hidden · weightᵀ)[target], in nats.
 
     ``hidden`` [N, D], ``weight`` [V, D], ``targets`` [N] int64 with -100 where nothing is predicted. Products run in
     the autocast dtype where autocast is on, else in ``hidden``'s; softmax and sums in FP32 (FP64 for FP64 input).
     """
+    if chunk is None:
+        chunk = min(max(_CHUNK_VALUES // weight.shape[0], 256), 2048)
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     # Asked here: inside an autograd function gradients are off, and a weight under no_grad still says requires_grad.

@@ -42,7 +42,7 @@ class TrainConfig(Config):
     accumulate: int = Field(default=1, ge=1, le=1_000_000)
     clip: PositiveFloat = 1.0
     mtp_weight: NonNegativeFloat = 0.3
-    seed: int = Field(default=1234, ge=0)
+    seed: int = Field(default=1234, ge=0, lt=2**63)
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     device: str = "auto"
     recompute: bool = False

@@ -17,7 +17,7 @@ from abyssal.config import ModelConfig, merge, parse, read_config, read_mapping
 from abyssal.data.shards import TokenShards
 from abyssal.data.tokenizer import Tokenizer
 from abyssal.errors import UserError
-from abyssal.generation import stream
+from abyssal.generation import Sampling, stream
 from abyssal.model import Transformer
 from abyssal.training.hardware import describe, resolve_device, resolve_dtype
 from abyssal.training.prepare import corpus_id, load_tokenizer, open_data
@@ -79,7 +79,8 @@ def resume(path: Path, recipe: Recipe | None, changes: dict[str, Any] | None = N
     config = stored.model_config_resolved()
     shards = _open(stored, config, tokenizer)
     device = resolve_device(stored.training.device)
-    recorded = (run.manifest.get("hardware") or {}).get("dtype", "auto")  # what auto came to stays
+    hardware = run.manifest.get("hardware")
+    recorded = hardware.get("dtype", "auto") if isinstance(hardware, dict) else "auto"  # what auto came to stays
     recorded = recorded if stored.training.dtype == "auto" else stored.training.dtype
     dtype = resolve_dtype(recorded, device)
     steps = run.steps()
@@ -91,7 +92,16 @@ def resume(path: Path, recipe: Recipe | None, changes: dict[str, Any] | None = N
     _check_prompts(stored, model, tokenizer)
     trainer = Trainer(stored, model, tokenizer, shards, run, device=device, dtype=dtype, **options)
     if steps:
-        trainer.resume(steps[-1])
+        try:
+            trainer.resume(steps[-1])
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            if isinstance(error, UserError):
+                raise
+            # Anything may stand in a file that somebody edited or a disk spoiled.
+            folder = run.checkpoint(steps[-1])
+            raise UserError(
+                f"{folder}: damaged ({error!r}); remove it to go on from the checkpoint before it"
+            ) from None
     else:
         run.forget_after(0)
     write_text(path / RECIPE, to_yaml(stored, resolved=True))
@@ -140,6 +150,11 @@ def _open(recipe: Recipe, config: ModelConfig, tokenizer: Tokenizer) -> tuple[To
 
 
 def _check_prompts(recipe: Recipe, model: Transformer, tokenizer: Tokenizer) -> None:
+    s = recipe.samples
+    try:
+        Sampling(max_new_tokens=s.tokens, temperature=s.temperature, top_p=s.top_p)
+    except UserError as error:
+        raise UserError(f"samples.{error}") from None
     for prompt in recipe.samples.prompts:
         try:
             stream(model, tokenizer, prompt)  # checks the prompt at once; nothing is generated before the first next()

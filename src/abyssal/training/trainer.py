@@ -309,11 +309,8 @@ class Trainer:
         """Takes the state of the checkpoint after ``step`` steps. Raises UserError where it does not fit."""
         folder = self.run.checkpoint(step)
         state = self.run.state(step)
-        for key in ("step", "tokens", "loader", "best"):
-            if key not in state:
-                raise UserError(
-                    f"{folder / 'state.json'}: {key}: missing; remove {folder} to go on from the one before"
-                )
+        if state["step"] != step:
+            raise UserError(f"{folder / 'state.json'}: step: {state['step']!r}, the folder's name says {step}")
         load_state(self.model, read_tensors(folder / WEIGHTS), str(folder / WEIGHTS))
         tensors = read_tensors(folder / TRAINING_STATE)
         moments: dict[str, dict[str, Tensor]] = {}
@@ -324,6 +321,9 @@ class Trainer:
         for name, parameter in self.model.named_parameters():
             if name not in moments:
                 raise UserError(f"{folder / TRAINING_STATE}: no optimizer state for {name}")
+            for key, value in moments[name].items():
+                if key != "step" and value.shape != parameter.shape:
+                    raise UserError(f"{folder / TRAINING_STATE}: optimizer.{key}.{name}: shape {list(value.shape)}")
             self.optimizer.state[parameter] = moments[name]
         for name, balancer in self.balancers.items():
             prefix = f"balance.{name}."
