@@ -226,7 +226,7 @@ class TestDamaged:
         (folder / "model.safetensors").unlink()
         for name in ("pytorch_model.bin", "model.bin", "model.pt", "training.pt"):
             (folder / name).write_bytes(bomb)
-        self.refused(folder, r"model\.safetensors: no such file")
+        self.refused(folder, "pickled weights are never loaded")
         (folder / "model.safetensors").write_bytes(bomb)
         self.refused(folder, "not a readable safetensors file")
         assert not (tmp_path / "exploded").exists()

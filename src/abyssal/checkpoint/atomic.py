@@ -25,10 +25,10 @@ def replace_folder(target: Path) -> Iterator[Path]:
         yield partial
         for path in partial.rglob("*"):
             if path.is_file():
-                _flush(path)
-        _flush(partial)
+                flush(path)
+        flush(partial)
         os.rename(partial, target)
-        _flush(target.parent)
+        flush(target.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -39,14 +39,15 @@ def write_text(path: Path, text: str) -> None:
     partial = path.with_name(path.name + PARTIAL)
     try:
         partial.write_text(text, encoding="utf-8")
-        _flush(partial)
+        flush(partial)
         os.replace(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Waits until ``path``, a file or a folder, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

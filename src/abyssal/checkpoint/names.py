@@ -3,7 +3,8 @@
     mlp.experts.gate_up_proj [E, 2F, D]  <->  mlp.experts.{e}.gate_proj.weight, mlp.experts.{e}.up_proj.weight [F, D]
     mlp.experts.down_proj    [E, D, F]   <->  mlp.experts.{e}.down_proj.weight [D, F]
 
-Everything else has the same name in both. A tied head is written once, as the embedding.
+Everything else has the same name in both, FP8 weights with their scales (``….weight_scale_inv``) included. A tied head
+is written once, as the embedding.
 """
 
 from __future__ import annotations
@@ -11,10 +12,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor, nn
 
-_STACKED = re.compile(r"(.*\.mlp\.experts\.)(gate_up_proj|down_proj)$")
+from abyssal.config import ModelConfig
+
+SCALE = "_scale_inv"
+BIAS = ".e_score_correction_bias"
+_STACKED = re.compile(r"(.*\.mlp\.experts\.)(gate_up|down)_(proj|scale_inv)$")
+_LAYER = re.compile(r"model\.layers\.(\d+)\.(.*)")
+_EXPERT = re.compile(r"(.*\.mlp\.experts\.)\d+\.(gate|up|down)_proj\.weight$")
 
 
 def disk_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -24,32 +30,48 @@ def disk_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         if not match:
             yield name, tensor
             continue
-        prefix, kind = match.groups()
+        prefix, kind, what = match.groups()
+        end = "weight" if what == "proj" else f"weight{SCALE}"
         for expert in range(tensor.shape[0]):
-            if kind == "down_proj":
-                yield f"{prefix}{expert}.down_proj.weight", tensor[expert]
+            if kind == "down":
+                yield f"{prefix}{expert}.down_proj.{end}", tensor[expert]
             else:
-                width = tensor.shape[1] // 2
-                yield f"{prefix}{expert}.gate_proj.weight", tensor[expert, :width]
-                yield f"{prefix}{expert}.up_proj.weight", tensor[expert, width:]
+                gate, up = tensor[expert].chunk(2) if what == "proj" else tensor[expert]
+                yield f"{prefix}{expert}.gate_proj.{end}", gate
+                yield f"{prefix}{expert}.up_proj.{end}", up
+
+
+def stacked_name(name: str) -> str:
+    """Name in memory of the tensor that holds the published ``name``."""
+    match = _EXPERT.match(name)
+    if not match:
+        return name
+    return match[1] + ("down_proj" if match[2] == "down" else "gate_up_proj")
+
+
+def layer_of(name: str) -> int | None:
+    """Number of the layer (MTP modules count on) that a published name belongs to; None: embedding, norm, head."""
+    match = _LAYER.match(name)
+    return int(match[1]) if match else None
+
+
+def repeated_names(config: ModelConfig) -> dict[str, str]:
+    """What published checkpoints repeat under each MTP module, its embedding and its head, and of what it is a copy."""
+    head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
+    out = {}
+    for k in range(config.mtp.num_nextn_predict_layers):
+        prefix = f"model.layers.{config.num_hidden_layers + k}"
+        out[f"{prefix}.embed_tokens.weight"] = "model.embed_tokens.weight"
+        out[f"{prefix}.shared_head.head.weight"] = head
+    return out
+
+
+def is_derived(name: str) -> bool:
+    """Whether ``name`` is a table that old checkpoints store and every code computes from the config."""
+    return name.endswith(".rotary_emb.inv_freq")
 
 
 def _state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters and persistent buffers without gradient history, each once."""
     yield from ((name, parameter.detach()) for name, parameter in model.named_parameters())
     yield from model.named_buffers()
-
-
-def is_repeated(name: str, n_layers: int) -> bool:
-    """Whether ``name`` is a tensor that published checkpoints repeat under an MTP module: its embedding or its head."""
-    match = re.match(r"model\.layers\.(\d+)\.(embed_tokens|shared_head\.head)\.weight$", name)
-    return match is not None and int(match[1]) >= n_layers
-
-
-@torch.no_grad()
-def copy_in(target: Tensor, source: Tensor, name: str) -> str | None:
-    """Copies ``source`` over ``target``, cast to its dtype; the trouble as a message where the shapes differ."""
-    if target.shape != source.shape:
-        return f"{name}: shape {list(source.shape)}, the config says {list(target.shape)}"
-    target.copy_(source)
-    return None

@@ -248,6 +248,12 @@ class ModelConfig(Config):
                 raise ValueError(f"{name}: {token} is outside the vocabulary of {self.vocab_size}")
         return self
 
+    @property
+    def scales_are_powers_of_two(self) -> bool:
+        """Whether this came from a file whose FP8 scales are powers of two (V3.1's ``scale_fmt: ue8m0``)."""
+        settings = self.published.get("quantization_config")
+        return isinstance(settings, dict) and settings.get("scale_fmt") == "ue8m0"
+
     def is_moe_layer(self, layer: int) -> bool:
         """Whether layer ``layer`` (MTP modules continue the count) has experts; the others have a dense MLP."""
         moe = self.moe

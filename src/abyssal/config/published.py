@@ -276,6 +276,39 @@ def to_published(config: ModelConfig, model_type: str | None = None) -> dict[str
     return out
 
 
+def for_export(config: ModelConfig, *, force: bool = False) -> dict[str, Any]:
+    """``config`` as the ``config.json`` that other people's programs read with no code of ours.
+
+    kimi_k2 is written as deepseek_v3, which is the same computation and has native code in transformers. Raises
+    UserError where the layout cannot say what ``config`` does, and, without ``force``, where transformers' own code
+    for it would compute something else.
+    """
+    model_type = published_model_type(config)
+    model_type = "deepseek_v3" if model_type == "kimi_k2" else model_type
+    out = to_published(config, model_type)
+    reason = _computed_differently(config, model_type)
+    if reason is not None and not force:
+        raise UserError(f"not exported as {model_type}: {reason} (--force writes it all the same)")
+    if model_type != "deepseek":  # whose code is not in transformers
+        out.pop("auto_map", None)
+        out["architectures"] = [_ARCHITECTURE[model_type]]
+    for key in ("quantization_config", "dtype", "torch_dtype"):  # they describe the file that this config came from
+        out.pop(key, None)
+    return out
+
+
+def _computed_differently(config: ModelConfig, model_type: str) -> str | None:
+    """What transformers (5.23) computes differently from the published code of ``model_type``, or None."""
+    moe = config.moe
+    if moe is None or model_type == "deepseek":
+        return None
+    if model_type == "deepseek_v2" and moe.norm_topk_prob:
+        return "norm_topk_prob true: transformers' V2 router ignores it, its logits would be wrong"
+    if moe.moe_layer_freq != 1:
+        return f"moe_layer_freq {moe.moe_layer_freq}: transformers ignores it and gives every layer experts"
+    return None
+
+
 def _cannot_express(config: ModelConfig, model_type: str) -> str | None:
     """The first setting of ``config`` that ``model_type``'s published code would compute differently, or None."""
     attention, moe = config.attention, config.moe

@@ -41,6 +41,14 @@ class Plan:
     bounds: list[int] | None
     """The same as E + 1 Python numbers on CPU; None on a GPU, where reading them would stop the device."""
 
+    def host_bounds(self) -> list[int]:
+        """``bounds``; on a GPU this waits for the device."""
+        return self.bounds if self.bounds is not None else [0, *self.ends.tolist()]
+
+    def slices(self) -> list[tuple[int, int, int]]:
+        """(expert, start, end) of every expert that got rows; on a GPU this waits for the device."""
+        return _slices(self.host_bounds())
+
 
 def plan(indices: Tensor, n_experts: int, dtype: torch.dtype) -> Plan:
     """Sorts assignments by expert, keeping token order within each. ``indices`` [N, K] int64; ``dtype`` of the work."""
@@ -157,8 +165,7 @@ def grouped_linear(x: Tensor, weight: Tensor, where: Plan) -> Tensor:
     """
     if where.bounds is None and x.dtype == torch.bfloat16 and x.shape[1] % 8 == 0 and weight.shape[1] % 8 == 0:
         return F.grouped_mm(x, weight.transpose(1, 2), offs=where.ends)
-    bounds = where.bounds if where.bounds is not None else [0, *where.ends.tolist()]
-    return _GroupedLinear.apply(x, weight, bounds)
+    return _GroupedLinear.apply(x, weight, where.host_bounds())
 
 
 def experts_reference(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:

@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from abyssal.config import MHAConfig, MLAConfig, ModelConfig
 from abyssal.kernels.attention import attention
 from abyssal.model.cache import LayerCache
+from abyssal.model.fp8 import dense_weight
 from abyssal.model.layers import RMSNorm
 from abyssal.model.rotary import attention_mscale, rotate
 
@@ -188,7 +189,7 @@ class LatentAttention(Queries):
 
     def _absorbed(self, q_nope: Tensor, q_rope: Tensor, past: Tensor, context: Context) -> Tensor:
         """``past`` [B, S, C + R]: latents and rotary keys side by side, as they are cached."""
-        w = self.kv_b_proj.weight.to(q_nope.dtype).unflatten(0, (self.heads, -1))
+        w = dense_weight(self.kv_b_proj, q_nope.dtype).unflatten(0, (self.heads, -1))
         w_uk, w_uv = w.split((self.nope, self.v_dim), dim=1)  # [H, N, C], [H, V, C]
         batch, queries = q_nope.shape[:2]
         q = torch.cat((torch.einsum("bthn,hnc->bhtc", q_nope, w_uk), q_rope.transpose(1, 2)), dim=-1)

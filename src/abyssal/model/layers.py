@@ -2,9 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+class KeepsDtype(nn.Module):
+    """A module whose buffers named in ``kept`` follow it to another device but are never cast.
+
+    ``nn.Module`` casts every floating-point tensor: what is exact in FP32 or stored in FP8 would be lost.
+    """
+
+    kept: tuple[str, ...] = ()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        before = {name: getattr(self, name) for name in self.kept}
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = getattr(self, name)
+            if old is not None and new.dtype != old.dtype:
+                setattr(self, name, old.to(new.device))
+        return self
 
 
 class RMSNorm(nn.Module):

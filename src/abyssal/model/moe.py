@@ -30,10 +30,18 @@ class Experts(nn.Module):
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         where = grouped.plan(indices, self.gate_up_proj.shape[0], dtype)
-        rows = grouped.gather(x.to(dtype), where)
-        gate, up = grouped.grouped_linear(rows, self.gate_up_proj.to(dtype), where).chunk(2, dim=-1)
-        rows = grouped.grouped_linear(F.silu(gate) * up, self.down_proj.to(dtype), where)
+        gate, up = self.gate_up(grouped.gather(x.to(dtype), where), where)
+        rows = self.down(F.silu(gate) * up, where)
         return grouped.combine(rows, weights.to(dtype), where)
+
+    def gate_up(self, rows: Tensor, where: grouped.Plan) -> tuple[Tensor, Tensor]:
+        """Both first products of ``rows`` [P, D], each [P, F]."""
+        gate, up = grouped.grouped_linear(rows, self.gate_up_proj.to(rows.dtype), where).chunk(2, dim=-1)
+        return gate, up
+
+    def down(self, rows: Tensor, where: grouped.Plan) -> Tensor:
+        """The second product of ``rows`` [P, F], [P, D]."""
+        return grouped.grouped_linear(rows, self.down_proj.to(rows.dtype), where)
 
 
 class MoE(nn.Module):

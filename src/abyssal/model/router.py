@@ -13,15 +13,15 @@ Shapes: N tokens ([..., D] flattened by the caller or not), E experts, K experts
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from abyssal.config import MoEConfig
+from abyssal.model.layers import KeepsDtype
 
 
 @dataclass(frozen=True)
@@ -59,13 +59,14 @@ class RoutingRecorder:
         self.routings.setdefault(layer, []).append(routing)
 
 
-class Router(nn.Module):
+class Router(KeepsDtype):
     """Scores, selection and weights. In checkpoints it is called ``gate``.
 
     The bias is a buffer: it is moved by a balancer, never by a gradient, and it stays in FP32 when the model is cast,
     because steps of 0.001 vanish in BF16.
     """
 
+    kept = ("e_score_correction_bias",)
     e_score_correction_bias: Tensor | None
 
     def __init__(self, hidden_size: int, moe: MoEConfig) -> None:
@@ -74,15 +75,6 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(moe.n_routed_experts, hidden_size))
         bias = torch.zeros(moe.n_routed_experts, dtype=torch.float32) if moe.has_bias else None
         self.register_buffer("e_score_correction_bias", bias)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        # nn.Module casts through here. The bias follows the device, but its values never pass through another dtype.
-        before = self.e_score_correction_bias
-        super()._apply(fn, recurse)
-        after = self.e_score_correction_bias
-        if before is not None and after is not None and after.dtype != torch.float32:
-            self.e_score_correction_bias = before.to(after.device)
-        return self
 
     def forward(self, x: Tensor) -> Routing:
         """``x`` [B, T, D] -> :class:`Routing`."""

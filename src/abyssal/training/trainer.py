@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 
 from abyssal.analysis.balance import balance
-from abyssal.checkpoint import load_state, read_tensors, save_model, write_tensors
-from abyssal.checkpoint.folder import WEIGHTS
+from abyssal.checkpoint import load_into, read_tensors, save_model, write_tensors
 from abyssal.checkpoint.run import Run
 from abyssal.config import ModelConfig
 from abyssal.data.loader import Batch, Loader
@@ -311,7 +310,7 @@ class Trainer:
         state = self.run.state(step)
         if state["step"] != step:
             raise UserError(f"{folder / 'state.json'}: step: {state['step']!r}, the folder's name says {step}")
-        load_state(self.model, read_tensors(folder / WEIGHTS), str(folder / WEIGHTS))
+        load_into(self.model, folder)
         tensors = read_tensors(folder / TRAINING_STATE)
         moments: dict[str, dict[str, Tensor]] = {}
         for key, value in tensors.items():

@@ -1,0 +1,141 @@
+"""A checkpoint in another dtype, shard by shard, for checkpoints larger than memory.
+
+Each shard of the source becomes one of the result, under the same name. The result grows in ``DST.partial``, with a
+journal of the shards that are done and the sha256 of their tensors; when all are there they are read back, and only
+then does the folder get its name. Interrupted, the same command goes on behind the last whole shard.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from abyssal.checkpoint.atomic import PARTIAL, flush, write_text
+from abyssal.checkpoint.export import Counted, check_space, check_target, dtype_keys, write_json
+from abyssal.checkpoint.load import Progress, match, read_model_config
+from abyssal.checkpoint.precision import FP8, Plan
+from abyssal.checkpoint.recast import Recast
+from abyssal.checkpoint.shards import INDEX, PICKLES, Shards
+from abyssal.checkpoint.writer import Entry, check_shard, write_index, write_shard
+from abyssal.config import read_mapping
+from abyssal.errors import UserError
+from abyssal.model import Transformer
+
+JOURNAL = "convert.json"
+
+
+def convert(
+    source: Path,
+    target: Path,
+    to: torch.dtype,
+    *,
+    power_of_two: bool = False,
+    allow_missing: Sequence[str] = (),
+    progress: Progress | None = None,
+    verifying: Progress | None = None,
+) -> int:
+    """Writes the checkpoint in ``source`` to ``target`` as BF16 (or another dtype) or FP8 blocks; returns the bytes.
+
+    Other files of the folder are copied, pickles apart; config.json gets the new dtype. Memory: one shard of the source
+    at most. ``progress`` counts bytes written, ``verifying`` bytes read back. Raises UserError, before anything is
+    written, where the source is damaged or incomplete, the disk is too small, or ``target`` exists.
+    """
+    check_target(target)
+    if target.resolve() == source.resolve() or source.resolve() in target.resolve().parents:
+        raise UserError(f"{target}: lies in the source; choose a folder outside {source}")
+    shards = Shards(source)
+    config = read_model_config(source)
+    with torch.device("meta"):
+        match(Transformer(config), shards, allow_missing)
+    recast = Recast(shards, Plan(to), power_of_two=power_of_two)
+    files = {file: [e for name in recast.names(file) for e in recast.group(name)] for file in shards.files}
+    files = {file: entries for file, entries in files.items() if entries}
+    total = sum(entry.nbytes for entries in files.values() for entry in entries)
+    partial = target.with_name(target.name + PARTIAL)
+    with _Journal(partial, {"source": shards.fingerprint(), "to": str(to), "power_of_two": power_of_two}) as journal:
+        done = sum(entry.nbytes for file in journal.done for entry in files[file])
+        check_space(target, total - done)
+        counted = Counted(total, progress, done)
+        for file, entries in files.items():
+            if file not in journal.done:
+                (partial / file).parent.mkdir(parents=True, exist_ok=True)
+                journal.add(file, write_shard(partial / file, entries, counted(recast.tensors(entries))))
+        checked = Counted(total, verifying)
+        for file, entries in files.items():
+            for nbytes in check_shard(partial / file, entries, journal.done[file]):
+                checked.add(nbytes)
+        _write_small_files(source, partial, files, power_of_two or (to == FP8 and config.scales_are_powers_of_two))
+        written = Shards(partial)
+        if written.tensors.keys() != {entry.name for entries in files.values() for entry in entries}:
+            raise UserError(f"{partial}: the tensors read back are not those written")
+    journal.remove()
+    if target.is_dir():
+        target.rmdir()  # empty: check_target
+    os.rename(partial, target)
+    flush(target.parent)
+    return total
+
+
+class _Journal:
+    """Which shards are whole, in a file that is replaced after each; one process at a time."""
+
+    def __init__(self, folder: Path, what: dict[str, Any]) -> None:
+        self.folder = folder
+        self.what = what
+        self.done: dict[str, dict[str, str]] = {}
+
+    def __enter__(self) -> _Journal:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = (self.folder / ".lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock.close()
+            raise UserError(f"{self.folder}: another process is converting there") from None
+        path = self.folder / JOURNAL
+        data = read_mapping(path) if path.is_file() else {}
+        if data.get("what") == self.what:
+            self.done = {file: digests for file, digests in data["done"].items() if (self.folder / file).is_file()}
+            return self
+        for leftover in self.folder.iterdir():  # of another source or another dtype
+            if leftover.is_dir():
+                shutil.rmtree(leftover)
+            elif leftover.name != ".lock":
+                leftover.unlink()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.close()
+
+    def add(self, file: str, digests: dict[str, str]) -> None:
+        self.done[file] = digests
+        write_text(self.folder / JOURNAL, json.dumps({"what": self.what, "done": self.done}) + "\n")
+
+    def remove(self) -> None:
+        (self.folder / JOURNAL).unlink()
+        (self.folder / ".lock").unlink()
+
+
+def _write_small_files(source: Path, target: Path, files: dict[str, list[Entry]], power_of_two: bool) -> None:
+    for path in sorted(source.iterdir()):
+        skipped = path.suffix in (*PICKLES, ".safetensors") or path.name in (INDEX, "config.json", "state.json")
+        if path.is_file() and not skipped and not path.name.startswith("."):
+            shutil.copyfile(path, target / path.name)
+    data = read_mapping(source / "config.json")
+    dtypes = {entry.dtype for entries in files.values() for entry in entries}
+    spelling = "dtype" if "dtype" in data else "torch_dtype"  # transformers 5 and 4
+    for key in ("quantization_config", "dtype", "torch_dtype"):
+        data.pop(key, None)
+    keys = dtype_keys(dtypes, power_of_two=power_of_two)
+    write_json(target / "config.json", data | {spelling: keys.pop("torch_dtype")} | keys)
+    write_index(target, files)
+    for path in target.iterdir():
+        if path.is_file():
+            flush(path)

@@ -1,0 +1,272 @@
+"""A published checkpoint into a model: tensor by tensor from mapped files, straight into place, cast on the way.
+
+First everything is compared by names, shapes and dtypes alone (:func:`match`); only when all fits is memory taken. What
+is in memory then is the model, and of the files at most one shard's pages.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from abyssal.checkpoint.names import BIAS, SCALE, disk_tensors, is_derived, layer_of, repeated_names, stacked_name
+from abyssal.checkpoint.shards import Shards, tensor_names
+from abyssal.config import ModelConfig, MTPConfig, read_config
+from abyssal.errors import UserError
+from abyssal.kernels import fp8
+from abyssal.model import Transformer
+from abyssal.model.fp8 import use_fp8
+
+Progress = Callable[[int, int], None]
+"""Called with bytes read so far and in all."""
+
+
+@dataclass(frozen=True)
+class Match:
+    """How a checkpoint's tensors meet a model's."""
+
+    names: list[str]
+    """Tensors to be read, as the model has them; FP8 scales not among them."""
+    quantized: set[str]
+    """Those of them that are stored in FP8 blocks."""
+    copies: dict[str, str]
+    """What the checkpoint repeats under MTP modules, and of which tensor it is a copy."""
+    absent: list[str]
+    """Missing from the checkpoint, and allowed to be."""
+
+
+def load_model(
+    folder: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    layers: int | Sequence[int] | None = None,
+    weights: Literal["dense", "fp8"] = "dense",
+    allow_missing: Sequence[str] = (),
+    threads: int = 1,
+    progress: Progress | None = None,
+) -> Transformer:
+    """The model in ``folder``, in eval mode.
+
+    ``dtype`` None takes the embedding's (BF16 for the published FP8 files). ``layers`` reads the first so many, or just
+    those listed, with embedding, norm and head: the others are empty places, and their files need not be there.
+    ``weights="fp8"`` keeps what is stored in FP8 blocks as it is and computes with it (abyssal.model.fp8); ``"dense"``
+    dequantises. Tensors missing or left over are an error unless a pattern of ``allow_missing`` names them; missing
+    ones are drawn anew. ``threads`` read tensors side by side.
+
+    Raises UserError, before any weight is read, where a file is missing or damaged or tensors and config.json disagree.
+    """
+    config = read_model_config(folder)
+    kept = _kept_layers(layers, config)
+    shards = Shards(folder, kept)
+    if weights not in ("dense", "fp8"):
+        raise UserError(f"weights: {weights!r} is not one of 'dense', 'fp8'")
+    with torch.device("meta"):
+        model = Transformer(config)
+    keep_layers(model, kept)
+    found = match(model, shards, allow_missing)
+    if weights == "fp8":
+        if not found.quantized:
+            raise UserError(
+                f"{folder}: weights='fp8' needs a checkpoint in FP8 blocks (….weight{SCALE}); convert it first: "
+                "abyssal convert SRC DST --to fp8"
+            )
+        whole = {stacked_name(name) for name in found.quantized}
+        whole -= {stacked_name(name) for name in found.names if name not in found.quantized}
+        use_fp8(model, whole, power_of_two=config.scales_are_powers_of_two)
+    model.to(dtype or _dtype_of(shards))
+    model.to_empty(device=device or "cpu")
+    if config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight  # to_empty gave each of the two its own memory
+    fill(model, shards, found, threads=threads, progress=progress)
+    return model.eval()
+
+
+def read_model_config(folder: Path) -> ModelConfig:
+    """config.json of a checkpoint, with as many MTP modules as the checkpoint holds.
+
+    transformers writes ``num_nextn_predict_layers: 1`` beside models that it saves without one, and older files hold
+    modules that their config does not count. Both are taken as the tensors say, with a warning; a number of modules that
+    is neither 0 in one nor in the other is left to :func:`match`, which refuses it.
+    """
+    config = read_config(folder)
+    said, n = config.mtp.num_nextn_predict_layers, config.num_hidden_layers
+    found = {layer_of(name) for name in tensor_names(folder) if name.endswith(".eh_proj.weight")}
+    held = 0
+    while n + held in found:
+        held += 1
+    if said == held or (said and held):
+        return config
+    warnings.warn(
+        f"{folder}: config.json says num_nextn_predict_layers {said}, the checkpoint holds {held} MTP modules; "
+        "taken as the checkpoint has it",
+        stacklevel=3,
+    )
+    return config.model_copy(update={"mtp": MTPConfig(num_nextn_predict_layers=held)})
+
+
+def load_into(model: Transformer, folder: Path) -> None:
+    """Replaces ``model``'s weights by those in ``folder``. Raises UserError as :func:`load_model` does."""
+    shards = Shards(folder)
+    fill(model, shards, match(model, shards))
+
+
+def match(model: Transformer, shards: Shards, allow_missing: Sequence[str] = ()) -> Match:
+    """Compares names, shapes and dtypes; ``model`` may be on the meta device.
+
+    Raises UserError that lists the tensors missing, left over, of another shape, or in FP8 without their scales.
+    """
+    config = model.config
+    targets = dict(disk_tensors(model))
+    quantized = {name for name, stored in shards.tensors.items() if stored.dtype == torch.float8_e4m3fn}
+    left = {name for name in shards.tensors if not is_derived(name)}
+    if config.tie_word_embeddings:
+        left.discard("lm_head.weight")
+    copies = {name: original for name, original in repeated_names(config).items() if name in left}
+    left -= copies.keys()
+    missing, wrong = [], []
+    for name, target in targets.items():
+        if name.endswith(SCALE):
+            continue
+        if name not in shards:
+            missing.append(name)
+            continue
+        left.discard(name)
+        stored = shards[name]
+        if stored.shape != tuple(target.shape):
+            wrong.append(f"{name}: shape {list(stored.shape)}, the config says {list(target.shape)}")
+        elif name in quantized:
+            left.discard(name + SCALE)
+            wrong += _wrong_scale(name, shards)
+        elif stored.dtype == torch.float8_e8m0fnu:
+            wrong.append(f"{name}: F8_E8M0, which is for scales")
+    for name in sorted(left):
+        if name.endswith(SCALE) and name.removesuffix(SCALE) in targets:
+            wrong.append(f"{name}: a scale, but the weight is {shards[name.removesuffix(SCALE)].dtype} and not FP8")
+            left.discard(name)
+    absent = _allowed(missing, allow_missing)
+    dropped = _allowed(sorted(left), allow_missing)
+    for trouble, names in (
+        ("missing", [n for n in missing if n not in absent]),
+        ("unexpected", sorted(left - set(dropped))),
+        ("wrong", wrong),
+    ):
+        if names:
+            raise UserError(f"{shards.source}: tensors {trouble}: {_listed(names)}")
+    if absent or dropped:
+        told = [f"drawn anew: {_listed(absent)}"] * bool(absent) + [f"left out: {_listed(dropped)}"] * bool(dropped)
+        warnings.warn(f"{shards.source}: {'; '.join(told)}", stacklevel=3)
+    names = [name for name in targets if name in shards and not name.endswith(SCALE)]
+    return Match(names, quantized & targets.keys(), copies, absent)
+
+
+@torch.no_grad()
+def fill(
+    model: Transformer, shards: Shards, found: Match, *, threads: int = 1, progress: Progress | None = None
+) -> None:
+    """Reads what was matched into ``model``, one file after the other. Raises UserError where a copy under an MTP
+    module is not equal to what it repeats."""
+    targets = dict(disk_tensors(model))
+    total = sum(shards[name].nbytes for name in (*found.names, *found.copies))
+    done = 0
+
+    def read(file: Any, name: str) -> int:
+        if name in found.copies:
+            _check_copy(file.get_tensor(name), name, found.copies[name], shards)
+        elif name not in found.quantized:
+            targets[name].copy_(file.get_tensor(name))
+        else:
+            # Blocks and scales may lie in different files.
+            scale = name + SCALE
+            scales = file.get_tensor(scale) if shards[scale].file == shards[name].file else shards.read(scale)
+            if targets[name].dtype == torch.float8_e4m3fn:
+                targets[name].copy_(file.get_tensor(name))
+                targets[scale].copy_(scales.float())
+            else:
+                device = targets[name].device
+                fp8.dequantize(file.get_tensor(name).to(device), scales.to(device), out=targets[name])
+        return shards[name].nbytes
+
+    wanted = {*found.names, *found.copies}
+    with ThreadPoolExecutor(threads) as pool:
+        for file in shards.files:
+            names = [name for name in shards.names(file) if name in wanted]
+            with shards.open(file) as opened:
+                for nbytes in pool.map(lambda name, opened=opened: read(opened, name), names):
+                    done += nbytes
+                    if progress is not None:
+                        progress(done, total)
+    for name in found.absent:
+        _draw(targets[name], name, model.config)
+
+
+def keep_layers(model: Transformer, kept: set[int] | None) -> None:
+    """Puts empty places where layers (MTP modules count on) are not in ``kept``; names of the others stay."""
+    for i in range(len(model.model.layers)):
+        if kept is not None and i not in kept:
+            model.model.layers[i] = nn.Identity()
+
+
+def _kept_layers(layers: int | Sequence[int] | None, config: ModelConfig) -> set[int] | None:
+    if layers is None:
+        return None
+    last = config.num_hidden_layers + config.mtp.num_nextn_predict_layers - 1
+    if isinstance(layers, int) and not isinstance(layers, bool):
+        if not 1 <= layers <= config.num_hidden_layers:
+            raise UserError(f"layers: {layers}; the model has {config.num_hidden_layers}, expected 1 to that")
+        return set(range(layers))
+    if not isinstance(layers, Iterable) or isinstance(layers, str):
+        raise UserError(f"layers: {layers!r}; expected a number of layers or a list of them")
+    for layer in layers:
+        if not isinstance(layer, int) or isinstance(layer, bool) or not 0 <= layer <= last:
+            raise UserError(f"layers: {layer!r}; expected numbers from 0 to {last}")
+    return set(layers)
+
+
+def _wrong_scale(name: str, shards: Shards) -> list[str]:
+    if name + SCALE not in shards:
+        return [f"{name}: FP8 without its scales ({name}{SCALE} is missing)"]
+    scale, right = shards[name + SCALE], fp8.scale_shape(shards[name].shape)
+    if len(shards[name].shape) != 2 or scale.shape != right:
+        return [f"{name}{SCALE}: shape {list(scale.shape)}, a weight of {list(shards[name].shape)} has {list(right)}"]
+    if scale.dtype == torch.float8_e4m3fn:
+        return [f"{name}{SCALE}: F8_E4M3; expected F32 or F8_E8M0"]
+    return []
+
+
+def _check_copy(copy: Tensor, name: str, original: str, shards: Shards) -> None:
+    if shards[name].shape != shards[original].shape or not torch.equal(copy, shards.read(original)):
+        raise UserError(
+            f"{shards.source}: {name} differs from {original}; abyssal shares the two, as published, and would lose it "
+            f"(--allow-missing {name} leaves it out)"
+        )
+
+
+def _draw(target: Tensor, name: str, config: ModelConfig) -> None:
+    if name.endswith("norm.weight"):
+        target.fill_(1.0)
+    elif name.endswith((".bias", BIAS)):
+        target.zero_()
+    else:
+        target.normal_(0.0, config.initializer_range)
+
+
+def _allowed(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
+    return [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f", … ({len(names)} in all)" if len(names) > 5 else "")
+
+
+def _dtype_of(shards: Shards) -> torch.dtype:
+    embedding = shards.tensors.get("model.embed_tokens.weight")
+    return embedding.dtype if embedding is not None and embedding.dtype.itemsize > 1 else torch.bfloat16

@@ -1,0 +1,99 @@
+"""A checkpoint's tensors in other dtypes, one at a time: cast, dequantised from FP8 blocks, or quantised to them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from abyssal.checkpoint.names import SCALE, is_derived
+from abyssal.checkpoint.precision import FP8, Plan
+from abyssal.checkpoint.shards import Stored
+from abyssal.checkpoint.writer import Entry
+from abyssal.errors import UserError
+from abyssal.kernels import fp8
+
+
+class Source(Protocol):
+    """Tensors by name: those of a folder (:class:`~abyssal.checkpoint.shards.Shards`) or of a model in memory."""
+
+    @property
+    def files(self) -> list[str]: ...
+    def names(self, file: str) -> list[str]: ...
+    def __contains__(self, name: str) -> bool: ...
+    def __getitem__(self, name: str) -> Stored: ...
+    def read(self, name: str) -> Tensor: ...
+    def open(self, file: str) -> AbstractContextManager[Any]: ...
+
+
+class Recast:
+    """``source`` as it will be after ``plan``. Names stay; scales come and go with FP8. ``copies`` are names that do
+    not exist yet and the tensors they repeat."""
+
+    def __init__(
+        self, source: Source, plan: Plan, *, power_of_two: bool = False, copies: dict[str, str] | None = None
+    ) -> None:
+        self.source = source
+        self.plan = plan
+        self.power_of_two = power_of_two
+        self.copies = copies or {}
+
+    def names(self, file: str) -> list[str]:
+        """What of ``file`` is written under its own name: all but scales (they go with their weights) and tables that
+        every code computes."""
+        return [name for name in self.source.names(file) if not (self._goes_along(name) or is_derived(name))]
+
+    def group(self, name: str) -> list[Entry]:
+        """What the tensor ``name`` becomes: one entry, and one more for its scales where it will be FP8."""
+        original = self.copies.get(name, name)
+        stored = self.source[original]
+        entry = Entry(name, self.plan.dtype(original, stored.dtype), stored.shape)
+        if entry.dtype != FP8:
+            return [entry]
+        if len(stored.shape) != 2:
+            raise UserError(f"{name}: shape {list(stored.shape)}; FP8 blocks need a matrix")
+        kept = stored.dtype == FP8
+        scale_dtype = self.source[original + SCALE].dtype if kept else torch.float32
+        return [entry, Entry(name + SCALE, scale_dtype, fp8.scale_shape(stored.shape))]
+
+    def tensors(self, entries: Sequence[Entry]) -> Iterator[tuple[str, Tensor]]:
+        """The tensors of ``entries`` (whole groups), one file after the other.
+
+        Raises UserError for numbers that are not finite where they would be quantised.
+        """
+        by_file: dict[str, list[str]] = {}
+        for entry in entries:
+            original = self.copies.get(entry.name, entry.name)
+            if original in self.source and not self._goes_along(original):
+                by_file.setdefault(self.source[original].file, []).append(entry.name)
+        for file, names in by_file.items():
+            with self.source.open(file) as opened:
+                for name in names:
+                    original = self.copies.get(name, name)
+                    yield from self._one(name, original, opened.get_tensor(original))
+
+    def _one(self, name: str, original: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+        target = self.plan.dtype(original, tensor.dtype)
+        if tensor.dtype == FP8:
+            scale = self.source.read(original + SCALE)
+            if target == FP8:
+                yield name, tensor
+                yield name + SCALE, scale
+            else:
+                yield name, fp8.dequantize(tensor, scale, target)
+        elif target == FP8:
+            if not tensor.isfinite().all():
+                raise UserError(f"{original}: holds NaN or infinite numbers, which FP8 blocks cannot")
+            stored, scale = fp8.quantize(tensor, power_of_two=self.power_of_two)
+            yield name, stored
+            yield name + SCALE, scale
+        else:
+            yield name, tensor.to(target)
+
+    def _goes_along(self, name: str) -> bool:
+        """Whether ``name`` is the scale of an FP8 weight, which is written with it."""
+        weight = name.removesuffix(SCALE)
+        return weight != name and weight in self.source
