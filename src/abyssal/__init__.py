@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from abyssal.config import ModelConfig, preset
     from abyssal.errors import UserError
+    from abyssal.exporting import export
     from abyssal.generation import Sampling, generate, stream
     from abyssal.loading import load
     from abyssal.model import Cache, RoutingRecorder, Transformer
@@ -27,6 +28,7 @@ _WHERE = {
     "Sampling": "abyssal.generation",
     "Transformer": "abyssal.model",
     "UserError": "abyssal.errors",
+    "export": "abyssal.exporting",
     "generate": "abyssal.generation",
     "load": "abyssal.loading",
     "preset": "abyssal.config",
@@ -39,6 +41,7 @@ __all__ = [
     "Sampling",
     "Transformer",
     "UserError",
+    "export",
     "generate",
     "load",
     "preset",

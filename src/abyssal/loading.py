@@ -1,36 +1,103 @@
-"""``abyssal.load``: a model and its tokenizer from a run or a model folder."""
+"""``abyssal.load``: a model and its tokenizer from a run, a model folder, or the hub."""
 
 from __future__ import annotations
 
+import os
+import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 
+from abyssal import hub
 from abyssal.checkpoint import load_model
+from abyssal.checkpoint.load import Progress, kept_layers, read_model_config
 from abyssal.checkpoint.run import MANIFEST, Run
+from abyssal.checkpoint.shards import INDEX, WEIGHTS, files_of
+from abyssal.config import ModelConfig, preset, preset_names, read_config
 from abyssal.data.tokenizer import Tokenizer
 from abyssal.errors import UserError
 from abyssal.model import Transformer
 
 
 def load(
-    source: str | Path, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    source: str | Path,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    *,
+    layers: int | Sequence[int] | None = None,
+    weights: Literal["dense", "fp8"] = "dense",
+    allow_missing: Sequence[str] = (),
+    threads: int = 1,
+    progress: Progress | None = None,
 ) -> tuple[Transformer, Tokenizer | None]:
     """The model in ``source``, in eval mode, and its tokenizer (None where the folder has no tokenizer files).
 
-    ``source`` is a run (its best checkpoint by validation loss is taken), a checkpoint of one, or any folder with
-    config.json and model.safetensors in the published layout. ``dtype`` None keeps the file's. Raises UserError where
-    something is missing, corrupt, or does not fit together.
+    ``source`` is a run (its best checkpoint by validation loss is taken), a checkpoint of one, a folder in the
+    published layout, or a name on the hub (``owner/name``, ``owner/name@revision``). The other arguments are those of
+    :func:`abyssal.checkpoint.load_model`; with ``layers`` only the files that hold them are downloaded. Raises
+    UserError where something is missing, corrupt, or does not fit together.
     """
+    folder = find(source, layers=layers)
+    model = load_model(
+        folder,
+        dtype=dtype,
+        device=device,
+        layers=layers,
+        weights=weights,
+        allow_missing=allow_missing,
+        threads=threads,
+        progress=progress,
+    )
+    return model, find_tokenizer(folder)
+
+
+def find(source: str | Path, *, layers: int | Sequence[int] | None = None) -> Path:
+    """The folder with config.json, weights and tokenizer that ``source`` names, as in :func:`load`; fetched from the
+    hub where it is a name there. Raises UserError."""
     folder = Path(source)
-    if not folder.exists():
-        raise UserError(f"{folder}: no such run or folder")
-    if (folder / MANIFEST).is_file():
-        run = Run(folder)
-        step = run.best()
-        if step is None:
-            raise UserError(f"{folder}: this run has no checkpoint yet")
-        folder = run.checkpoint(step)
-    model = load_model(folder, dtype=dtype, device=device)
-    tokenizer = Tokenizer.load(folder) if (folder / "tokenizer.json").is_file() else None
-    return model, tokenizer
+    if os.path.lexists(folder):
+        return _in_run(folder) if (folder / MANIFEST).is_file() else folder
+    name = str(source)
+    if name in preset_names():
+        raise UserError(f"{name}: a preset is a config without weights; expected a run, a folder or a name on the hub")
+    if not hub.is_hub_id(name):
+        raise UserError(f"{name}: no such run or folder, and not a name on the hub (owner/name)")
+    folder = _fetch(name, hub.SMALL)
+    if not (folder / INDEX).is_file():
+        return _fetch(name, (WEIGHTS,))
+    return _fetch(name, files_of(folder, kept_layers(layers, read_model_config(folder))))
+
+
+def find_tokenizer(folder: Path) -> Tokenizer | None:
+    """The tokenizer in ``folder``; None where it has no tokenizer.json and no tiktoken.model."""
+    has_one = any((folder / name).is_file() for name in ("tokenizer.json", "tiktoken.model"))
+    return Tokenizer.load(folder) if has_one else None
+
+
+def find_config(source: str) -> ModelConfig:
+    """The config of a preset, a config.json or its folder, a run, or a name on the hub. Raises UserError."""
+    path = Path(source)
+    if source in preset_names():
+        return preset(source)
+    if os.path.lexists(path):
+        return read_config(_in_run(path) if (path / MANIFEST).is_file() else path)
+    if path.suffix == ".json" or not hub.is_hub_id(source):
+        return preset(source) if "/" not in source and not path.suffix else read_config(path)
+    return read_config(_fetch(source, hub.CONFIG))
+
+
+def _fetch(name: str, patterns: Sequence[str]) -> Path:
+    try:
+        return hub.fetch(name, patterns, progress=sys.stderr.isatty())
+    except UserError as error:
+        raise UserError(f"{name}: no such folder here; on the hub: {str(error).removeprefix(f'{name}: ')}") from None
+
+
+def _in_run(path: Path) -> Path:
+    run = Run(path)
+    step = run.best()
+    if step is None:
+        raise UserError(f"{path}: this run has no checkpoint yet")
+    return run.checkpoint(step)

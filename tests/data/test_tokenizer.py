@@ -1,15 +1,17 @@
+import hashlib
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import decoders, models, pre_tokenizers, processors
 
 from abyssal.data.tokenizer import BOS, EOS, StreamDecoder, Tokenizer, byte_tokenizer, train_bpe
 from abyssal.errors import UserError
@@ -182,12 +184,84 @@ def test_transformers_reads_the_saved_folder(tokenizer: Tokenizer, tmp_path: Pat
     tokenizer.save(tmp_path)
     for cls in (transformers.AutoTokenizer, transformers.PreTrainedTokenizerFast):
         theirs = cls.from_pretrained(tmp_path)
-        assert theirs(TEXT)["input_ids"] == tokenizer.encode(TEXT)
+        assert theirs(TEXT)["input_ids"] == [0, *tokenizer.encode(TEXT)]
+        assert theirs(TEXT, add_special_tokens=False)["input_ids"] == tokenizer.encode(TEXT)
         assert (theirs.bos_token_id, theirs.eos_token_id) == (0, 1)
         assert theirs.decode(tokenizer.encode(" a , b .\n")) == " a , b .\n"
         assert len(theirs) == tokenizer.vocab_size
-        spelt = theirs(f"a{EOS}b", split_special_tokens=True)["input_ids"]
+        spelt = theirs(f"a{EOS}b", split_special_tokens=True, add_special_tokens=False)["input_ids"]
         assert spelt == tokenizer.encode(f"a{EOS}b")
+
+
+LATER_BOS = processors.TemplateProcessing(
+    single="<s> $A", pair="<s> $A <s>:1 $B:1", special_tokens=[("<s>", 257)]
+)  # as in published files
+
+
+@pytest.mark.parametrize(
+    "post_processor",
+    [
+        None,
+        processors.ByteLevel(trim_offsets=False),
+        LATER_BOS,
+        processors.Sequence([processors.ByteLevel(trim_offsets=True), LATER_BOS]),
+        processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 258)]),
+    ],
+    ids=["none", "bytes", "bos", "bytes+bos", "eos"],
+)
+@pytest.mark.parametrize(
+    ("config", "adds_bos"),
+    [(None, True), ({"add_bos_token": None}, True), ({"add_bos_token": False}, False), ({"bos_token": None}, False)],
+)
+def test_bos_before_plain_text(tmp_path: Path, post_processor: Any, config: object, adds_bos: bool):
+    transformers = pytest.importorskip("transformers")
+    folder = saved(tmp_path, ["[x]", "<s>", "</s>"], config)
+    backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    if post_processor is not None:
+        backend.post_processor = post_processor
+    backend.save(str(folder / "tokenizer.json"))
+    first = Tokenizer.load(folder)
+    assert first.adds_bos is adds_bos
+    assert first.encode("ab") == backend.encode("ab", add_special_tokens=False).ids
+
+    # What a run of an earlier version has stored: the JSON of the file as it is.
+    spec = {"tokenizer": json.loads(backend.to_str()), "bos_id": first.bos_id, "eos_id": first.eos_id}
+    canonical = json.dumps(spec, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    assert first.fingerprint == hashlib.sha256(canonical.encode()).hexdigest()
+
+    expected = backend.encode("ab").ids
+    if adds_bos and expected[0] != 257:
+        expected = [257, *expected]
+    for n in range(2):  # saved and saved again
+        first.save(tmp_path / str(n))
+        again = Tokenizer.load(tmp_path / str(n))
+        assert again.fingerprint == first.fingerprint
+        assert again.adds_bos is adds_bos
+        theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / str(n))
+        assert theirs("ab")["input_ids"] == expected
+        first = again
+
+
+def test_the_config_is_saved_again(tmp_path: Path):
+    config = {
+        "model_max_length": 77,
+        "tokenizer_class": "LlamaTokenizerFast",
+        "unknown": {"a": [1]},
+        "eos_token": "<s>",
+    }
+    Tokenizer.load(saved(tmp_path, ["<s>", "</s>"], config)).save(tmp_path / "again")
+    written = json.loads((tmp_path / "again" / "tokenizer_config.json").read_text(encoding="utf-8"))
+    assert config.items() <= written.items()
+    assert "auto_map" not in written
+
+
+def test_a_class_of_remote_code_is_not_saved(tmp_path: Path):
+    config = {"auto_map": {"AutoTokenizer": ["mine.Mine", None]}, "tokenizer_class": "Mine", "model_max_length": 77}
+    Tokenizer.load(saved(tmp_path, ["<s>"], config)).save(tmp_path / "again")
+    written = json.loads((tmp_path / "again" / "tokenizer_config.json").read_text(encoding="utf-8"))
+    assert written["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert written["model_max_length"] == 77
+    assert "auto_map" not in written
 
 
 def saved(folder: Path, special: list[str], config: object = None) -> Path:

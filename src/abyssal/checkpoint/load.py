@@ -65,7 +65,7 @@ def load_model(
     Raises UserError, before any weight is read, where a file is missing or damaged or tensors and config.json disagree.
     """
     config = read_model_config(folder)
-    kept = _kept_layers(layers, config)
+    kept = kept_layers(layers, config)
     shards = Shards(folder, kept)
     if weights not in ("dense", "fp8"):
         raise UserError(f"weights: {weights!r} is not one of 'dense', 'fp8'")
@@ -94,8 +94,8 @@ def read_model_config(folder: Path) -> ModelConfig:
     """config.json of a checkpoint, with as many MTP modules as the checkpoint holds.
 
     transformers writes ``num_nextn_predict_layers: 1`` beside models that it saves without one, and older files hold
-    modules that their config does not count. Both are taken as the tensors say, with a warning; a number of modules that
-    is neither 0 in one nor in the other is left to :func:`match`, which refuses it.
+    modules that their config does not count. Both are taken as the tensors say, with a warning; a number of modules
+    that is neither 0 in one nor in the other is left to :func:`match`, which refuses it.
     """
     config = read_config(folder)
     said, n = config.mtp.num_nextn_predict_layers, config.num_hidden_layers
@@ -215,7 +215,8 @@ def keep_layers(model: Transformer, kept: set[int] | None) -> None:
             model.model.layers[i] = nn.Identity()
 
 
-def _kept_layers(layers: int | Sequence[int] | None, config: ModelConfig) -> set[int] | None:
+def kept_layers(layers: int | Sequence[int] | None, config: ModelConfig) -> set[int] | None:
+    """Which layers ``layers`` means: the first so many, or those listed; None: all. Raises UserError."""
     if layers is None:
         return None
     last = config.num_hidden_layers + config.mtp.num_nextn_predict_layers - 1

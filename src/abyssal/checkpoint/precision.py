@@ -37,10 +37,10 @@ class Plan:
         for pattern, dtype in self.patterns:
             if fnmatch.fnmatchcase(name, pattern):
                 return dtype
-        if name.endswith(BIAS):
-            return torch.float32  # steps of 0.001 vanish in BF16
         if self.base is None:
             return stored
+        if name.endswith(BIAS):
+            return torch.float32  # steps of 0.001 vanish in BF16
         if self.base == FP8:
             return FP8 if _BLOCKS.search(name) else torch.bfloat16
         return self.base

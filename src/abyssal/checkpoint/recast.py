@@ -85,9 +85,9 @@ class Recast:
             else:
                 yield name, fp8.dequantize(tensor, scale, target)
         elif target == FP8:
-            if not tensor.isfinite().all():
-                raise UserError(f"{original}: holds NaN or infinite numbers, which FP8 blocks cannot")
             stored, scale = fp8.quantize(tensor, power_of_two=self.power_of_two)
+            if not scale.isfinite().all():
+                raise UserError(f"{original}: holds NaN or infinite numbers, which FP8 blocks cannot")
             yield name, stored
             yield name + SCALE, scale
         else:

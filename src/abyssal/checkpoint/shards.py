@@ -174,6 +174,13 @@ class Shards:
         return f"places in {other}: a tensor twice" if other else "does not name"
 
 
+def files_of(folder: Path, layers: set[int] | None) -> list[str]:
+    """The files that the index names for the embedding, norm and head and for ``layers`` (None: all)."""
+    weight_map = read_index(folder)
+    wanted = {file for name, file in weight_map.items() if layers is None or layer_of(name) in {None, *layers}}
+    return sorted(wanted)
+
+
 def tensor_names(folder: Path) -> list[str]:
     """Names of all tensors in ``folder``, from the index where there is one. Raises UserError as :class:`Shards`."""
     return list(read_index(folder)) if (folder / INDEX).is_file() else list(Shards(folder).tensors)

@@ -13,6 +13,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 import torch
@@ -132,10 +133,10 @@ def write_index(folder: Path, files: Mapping[str, Sequence[Entry]]) -> None:
 
 def parse_size(text: str, field: str) -> int:
     """``"5GB"`` as bytes (KB, MB, GB, TB are powers of 1000, KiB … of 1024). Raises UserError naming ``field``."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
-    if match:
-        unit = (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " ")
-        size = int(float(match[1]) * unit)
+    pattern = r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*(?:([KMGT])(i?))?B?\s*"
+    if match := re.fullmatch(pattern, text, re.IGNORECASE | re.ASCII):
+        unit = (1024 if match[3] else 1000) ** " KMGT".index((match[2] or " ").upper())
+        size = int(Fraction(match[1]) * unit)  # exact: as a float 1.001KB is 1000 bytes
         if size > 0:
             return size
     raise UserError(f"{field}: {text!r} is not a size; expected for instance 5GB or 500MB")

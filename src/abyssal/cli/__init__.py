@@ -10,6 +10,9 @@ from typing import Any
 
 import typer
 
+from abyssal.cli.chat import chat_command
+from abyssal.cli.eval import eval_command
+from abyssal.cli.export import convert_command, export_command
 from abyssal.cli.generate import generate_command
 from abyssal.cli.inspect import inspect_command
 from abyssal.cli.presets import presets_command
@@ -26,6 +29,10 @@ app.command("presets")(presets_command)
 app.command("inspect")(inspect_command)
 app.command("train")(train_command)
 app.command("generate")(generate_command)
+app.command("chat")(chat_command)
+app.command("eval")(eval_command)
+app.command("export")(export_command)
+app.command("convert")(convert_command)
 
 
 def main() -> None:

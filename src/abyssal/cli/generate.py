@@ -6,9 +6,18 @@ from typing import Annotated
 
 import typer
 
+from abyssal.cli.loaded import (
+    AllowMissingOption,
+    DeviceOption,
+    DtypeOption,
+    ModelArgument,
+    WeightsOption,
+    load_model,
+)
+
 
 def generate_command(
-    model: Annotated[str, typer.Argument(help="A run, or a folder with config.json and model.safetensors.")],
+    model: ModelArgument,
     prompts: Annotated[list[str] | None, typer.Argument(help="One or more prompts.")] = None,
     tokens: Annotated[int, typer.Option(help="At most so many new tokens.")] = 200,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.8,
@@ -18,13 +27,13 @@ def generate_command(
     repetition_penalty: Annotated[float, typer.Option(help="Above 1 makes what was said less likely.")] = 1.0,
     stop: Annotated[list[str] | None, typer.Option(help="Stop before this text; may be given again.")] = None,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
+    dtype: DtypeOption = "auto",
+    weights: WeightsOption = "dense",
+    device: DeviceOption = "auto",
+    allow_missing: AllowMissingOption = None,
 ) -> None:
     """Continue prompts; one prompt streams as it is written."""
-    from abyssal.errors import UserError
     from abyssal.generation import Sampling, generate, stream
-    from abyssal.loading import load
-    from abyssal.training.hardware import resolve_device
 
     sampling = Sampling(
         max_new_tokens=tokens,
@@ -36,9 +45,7 @@ def generate_command(
         seed=seed,
         stop=tuple(stop or ()),
     )
-    network, tokenizer = load(model, device=resolve_device(device, "--device"))
-    if tokenizer is None:
-        raise UserError(f"{model}: no tokenizer.json in this folder; text needs one")
+    network, tokenizer = load_model(model, dtype=dtype, weights=weights, device=device, allow_missing=allow_missing)
     texts = prompts or [""]
     if len(texts) == 1:
         print(texts[0], end="", flush=True)

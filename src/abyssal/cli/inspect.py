@@ -68,12 +68,12 @@ def inspect_command(
 
 def _config(model: str):  # type: ignore[no-untyped-def]
     from abyssal.checkpoint.run import MANIFEST
-    from abyssal.config import resolve_model
+    from abyssal.loading import find_config
     from abyssal.training.start import run_recipe
 
-    if (Path(model) / MANIFEST).is_file():
+    if (Path(model) / MANIFEST).is_file():  # a run has its config before it has a checkpoint
         return run_recipe(Path(model)).model_config_resolved()
-    return resolve_model(model)
+    return find_config(model)
 
 
 def _describe_attention(config) -> str:  # type: ignore[no-untyped-def]

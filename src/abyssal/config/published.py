@@ -299,8 +299,23 @@ def for_export(config: ModelConfig, *, force: bool = False) -> dict[str, Any]:
 
 def _computed_differently(config: ModelConfig, model_type: str) -> str | None:
     """What transformers (5.23) computes differently from the published code of ``model_type``, or None."""
-    moe = config.moe
-    if moe is None or model_type == "deepseek":
+    if model_type == "deepseek":  # not in transformers
+        return None
+    attention, moe, yarn = config.attention, config.moe, config.rope.yarn
+    assert isinstance(attention, MLAConfig)
+    scales = (yarn.mscale, yarn.mscale_all_dim) if yarn and yarn.factor > 1 else (1, 1)
+    if 0 in scales and scales != (1, 0):
+        return f"rope.yarn mscale, mscale_all_dim {scales}: where one is 0 transformers computes with 1 and 0"
+    if model_type == "deepseek_v2":
+        if config.hidden_size % attention.num_attention_heads:
+            return (
+                f"hidden_size {config.hidden_size}: transformers' V2 takes multiples of num_attention_heads "
+                f"{attention.num_attention_heads} only"
+            )
+        for name in ("kv_lora_rank", "qk_nope_head_dim"):
+            if getattr(attention, name) % 2:
+                return f"{name} {getattr(attention, name)}: transformers' V2 takes even numbers only"
+    if moe is None:
         return None
     if model_type == "deepseek_v2" and moe.norm_topk_prob:
         return "norm_topk_prob true: transformers' V2 router ignores it, its logits would be wrong"

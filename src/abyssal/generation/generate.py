@@ -64,9 +64,9 @@ def generate(
     """The text that follows each prompt, without the prompt.
 
     One prompt gives a string, a list of them a list (an empty list an empty one). A prompt is a string, which gets
-    the tokenizer's BOS in front where there is one (``add_bos``), or a list of token ids, which is taken as it is; the
-    answer is text for both. ``overrides`` are fields of :class:`Sampling` that go before those of ``sampling``:
-    ``generate(model, tokenizer, "Once", temperature=0)``.
+    the tokenizer's BOS in front where its generation has one there (``add_bos``, ``Tokenizer.adds_bos``), or a list of
+    token ids, which is taken as it is; the answer is text for both. ``overrides`` are fields of :class:`Sampling` that
+    go before those of ``sampling``: ``generate(model, tokenizer, "Once", temperature=0)``.
 
     A sequence ends at EOS (the tokenizer's, and those of the model's config), before a stop string, after
     max_new_tokens, or where prompt and new tokens fill the context (config.max_position_embeddings), whichever comes
@@ -252,7 +252,7 @@ def _prompt_ids(
     for index, prompt in enumerate(prompts):
         name = f"prompts[{index}]" if several else "prompt"
         if isinstance(prompt, str):
-            bos = [tokenizer.bos_id] if add_bos and tokenizer.bos_id is not None else []
+            bos = [tokenizer.bos_id] if add_bos and tokenizer.adds_bos and tokenizer.bos_id is not None else []
             ids = bos + tokenizer.encode(prompt)
         elif _are_ids(prompt):
             ids = [int(token) for token in prompt]
@@ -278,7 +278,8 @@ def _are_ids(prompt: Any) -> bool:
 
 def _end_ids(model: Transformer, tokenizer: Tokenizer) -> set[int | None]:
     several = model.config.published.get("eos_token_id")  # a published config may list more than one
-    return {tokenizer.eos_id, model.config.eos_token_id, *(several if isinstance(several, list) else ())}
+    own = {tokenizer.eos_id, model.config.eos_token_id, *(several if isinstance(several, list) else ())}
+    return own | tokenizer.end_of_turn_ids
 
 
 def _absent_ids(model: Transformer, tokenizer: Tokenizer) -> Tensor:

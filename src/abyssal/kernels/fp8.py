@@ -21,7 +21,7 @@ from torch import Tensor
 BLOCK = 128
 E4M3_MAX = 448.0
 SMALLEST_AMAX = 1e-4  # so that a block of zeros has a scale to divide by
-_ROWS = 2048  # of a weight are dequantised at a time for a product
+_ROWS = 1024  # of a weight that are quantised, or dequantised for a product, at a time
 
 
 def scale_shape(shape: torch.Size | tuple[int, ...]) -> tuple[int, ...]:
@@ -30,7 +30,8 @@ def scale_shape(shape: torch.Size | tuple[int, ...]) -> tuple[int, ...]:
 
 
 def dequantize(weight: Tensor, scale: Tensor, dtype: torch.dtype = torch.bfloat16, out: Tensor | None = None) -> Tensor:
-    """``weight`` [..., O, I] E4M3 times ``scale`` [..., ⌈O/128⌉, ⌈I/128⌉] (FP32 or E8M0), rounded once to ``dtype``.
+    """``weight`` [..., O, I] E4M3 times ``scale`` [..., ⌈O/128⌉, ⌈I/128⌉] (FP32 or E8M0), as an FP32 product, which is
+    then rounded to ``dtype``.
 
     Written to ``out`` where one is given (its dtype counts then). Needs working memory for some rows only.
     """
@@ -60,14 +61,23 @@ def dequantize_reference(weight: Tensor, scale: Tensor) -> Tensor:
 def quantize(weight: Tensor, *, power_of_two: bool = False) -> tuple[Tensor, Tensor]:
     """``weight`` [..., O, I] of any float dtype as E4M3 and FP32 scales [..., ⌈O/128⌉, ⌈I/128⌉].
 
-    A block's scale is max |w| / 448, with max |w| taken as at least 1e-4. NaN stays NaN, and spoils its block.
+    A block's scale is max |w| / 448, with max |w| taken as at least 1e-4. What is not finite spoils its block: the
+    scale is NaN or infinite too.
     """
-    outputs, inputs = weight.shape[-2:]
-    padded = F.pad(weight.float(), (0, -inputs % BLOCK, 0, -outputs % BLOCK))
-    blocks = padded.unflatten(-1, (-1, BLOCK)).unflatten(-3, (-1, BLOCK))  # [..., O/128, 128, I/128, 128]
-    scale = _scale(blocks.abs().amax(dim=(-3, -1)), power_of_two)
-    stored = _to_e4m3(blocks / scale[..., :, None, :, None])
-    return stored.flatten(-4, -3).flatten(-2)[..., :outputs, :inputs].contiguous(), scale
+    stored = torch.empty(weight.shape, dtype=torch.float8_e4m3fn, device=weight.device)
+    scale = torch.empty(scale_shape(weight.shape), dtype=torch.float32, device=weight.device)
+    inputs = weight.shape[-1]
+    for start in range(0, weight.shape[-2], _ROWS):  # so that FP32 copies stay small
+        rows = slice(start, start + _ROWS)
+        part = weight[..., rows, :]
+        outputs = part.shape[-2]
+        padded = F.pad(part.float(), (0, -inputs % BLOCK, 0, -outputs % BLOCK))
+        blocks = padded.unflatten(-1, (-1, BLOCK)).unflatten(-3, (-1, BLOCK))  # [..., O/128, 128, I/128, 128]
+        scales = _scale(blocks.abs().amax(dim=(-3, -1)), power_of_two)
+        scale[..., start // BLOCK : (start + _ROWS) // BLOCK, :] = scales
+        numbers = _to_e4m3(blocks / scales[..., :, None, :, None])
+        stored[..., rows, :] = numbers.flatten(-4, -3).flatten(-2)[..., :outputs, :inputs]
+    return stored, scale
 
 
 def quantize_activations(x: Tensor, *, power_of_two: bool = False) -> tuple[Tensor, Tensor]:
@@ -78,15 +88,17 @@ def quantize_activations(x: Tensor, *, power_of_two: bool = False) -> tuple[Tens
     return _to_e4m3(tiles / scale.unsqueeze(-1)).flatten(-2)[..., :inputs].contiguous(), scale
 
 
+@torch.no_grad()
 def linear(x: Tensor, weight: Tensor, scale: Tensor, *, power_of_two: bool = False) -> Tensor:
     """``x`` [N, I] times ``weight`` [O, I] E4M3 with ``scale`` [⌈O/128⌉, ⌈I/128⌉], in ``x``'s dtype: [N, O].
 
     Activations are quantised as published, so the result differs from a product with the dequantised weight by their
     rounding. No gradient passes.
     """
+    fits = _multiples(weight.shape) and x.dtype == torch.bfloat16 and x.shape[0] > 0
+    if fits and has_blockwise_matmul(x.device):
+        return _blockwise_matmul(x, weight, scale, power_of_two)
     stored, x_scale = quantize_activations(x, power_of_two=power_of_two)
-    if _multiples(weight.shape) and x.dtype == torch.bfloat16 and has_blockwise_matmul(x.device):
-        return _blockwise_matmul(stored, x_scale, weight, scale)
     tiles = x_scale.repeat_interleave(BLOCK, dim=-1)[:, : x.shape[1]]
     numbers = (stored.float() * tiles).to(x.dtype)
     out = x.new_empty(x.shape[0], weight.shape[0])
@@ -119,26 +131,29 @@ def has_blockwise_matmul(device: torch.device) -> bool:
     x = torch.randn(16, 2 * BLOCK, device=device, generator=generator, dtype=torch.bfloat16)
     weight, scale = quantize(torch.randn(2 * BLOCK, 2 * BLOCK, device=device, generator=generator))
     try:
-        got = _blockwise_matmul(*quantize_activations(x), weight, scale)
+        got = _blockwise_matmul(x, weight, scale, power_of_two=False)
     except (RuntimeError, NotImplementedError, ValueError, TypeError):
         return False
     expected = linear_reference(x, weight, scale)
     return bool((got.double() - expected).abs().max() <= 0.01 * expected.abs().max())
 
 
-def _blockwise_matmul(x: Tensor, x_scale: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+def _blockwise_matmul(x: Tensor, weight: Tensor, scale: Tensor, power_of_two: bool) -> Tensor:
     from torch.nn.functional import ScalingType, scaled_mm
 
-    # cuBLAS wants the scales of activations column by column, those of weights with inputs running fastest.
-    return scaled_mm(
-        x,
+    # cuBLAS wants the scales of activations column by column, those of weights with inputs running fastest, and both
+    # aligned: rows and the weight's blocks of inputs are filled up with zeros.
+    stored, x_scale = quantize_activations(F.pad(x, (0, 0, 0, -x.shape[0] % 16)), power_of_two=power_of_two)
+    out = scaled_mm(
+        stored,
         weight.t(),
         x_scale.t().contiguous().t(),
         ScalingType.BlockWise1x128,
-        scale.float().contiguous().t(),
+        F.pad(scale.float(), (0, -scale.shape[1] % 4)).contiguous().t(),
         ScalingType.BlockWise128x128,
         output_dtype=torch.bfloat16,
     )
+    return out[: x.shape[0]]
 
 
 def _multiples(shape: torch.Size) -> bool:
@@ -146,11 +161,13 @@ def _multiples(shape: torch.Size) -> bool:
 
 
 def _scale(amax: Tensor, power_of_two: bool) -> Tensor:
-    scale = amax.clamp_min(SMALLEST_AMAX) / E4M3_MAX
+    # By a tensor: a GPU multiplies by the reciprocal of a plain number, and scales would differ from the CPU's.
+    scale = amax.clamp_min(SMALLEST_AMAX) / torch.full_like(amax, E4M3_MAX)
     if not power_of_two:
         return scale
     mantissa, exponent = torch.frexp(scale)  # scale = mantissa · 2^exponent, mantissa in [0.5, 1)
-    return torch.ldexp(torch.ones_like(scale), exponent - (mantissa == 0.5).int())
+    rounded = torch.ldexp(torch.ones_like(scale), exponent - (mantissa == 0.5).int())
+    return torch.where(scale.isfinite(), rounded, scale)  # NaN has some exponent too
 
 
 def _to_e4m3(numbers: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ class FP8Linear(KeepsDtype):
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         out = fp8.linear(rows, self.weight, self.weight_scale_inv, power_of_two=self.power_of_two)
-        out = out.view(*x.shape[:-1], -1)
+        out = out.view(*x.shape[:-1], self.weight.shape[0])
         return out if self.bias is None else out + self.bias.to(out.dtype)
 
 

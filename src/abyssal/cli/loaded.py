@@ -1,0 +1,78 @@
+"""What commands that take a model share: the options that say how it is loaded, and the bar while it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    import torch
+
+    from abyssal.data.tokenizer import Tokenizer
+    from abyssal.model import Transformer
+
+ModelArgument = Annotated[str, typer.Argument(help="A run, a model folder, or a name on the hub (owner/name).")]
+DtypeOption = Annotated[str, typer.Option(help="bf16, fp32 or fp16 in memory; auto: the file's.")]
+WeightsOption = Annotated[
+    str, typer.Option(help="fp8 keeps FP8 blocks in memory and computes with them; dense dequantises.")
+]
+AllowMissingOption = Annotated[
+    list[str] | None,
+    typer.Option(help="A pattern of tensor names that may be missing or left over; may be given again."),
+]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, …")]
+
+
+def load_model(
+    model: str, *, dtype: str, weights: str, device: str, allow_missing: Sequence[str] | None
+) -> tuple[Transformer, Tokenizer]:
+    """Loads ``model`` with a bar in bytes on stderr. Raises UserError where there is no tokenizer."""
+    from abyssal.errors import UserError
+    from abyssal.loading import load
+    from abyssal.training.hardware import resolve_device
+
+    if weights not in ("dense", "fp8"):
+        raise UserError(f"--weights: {weights!r} is not one of dense, fp8")
+    where = resolve_device(device, "--device")
+    with byte_bar("loading") as progress:
+        network, tokenizer = load(
+            model,
+            dtype=parse_dtype(dtype, "--dtype"),
+            device=where,
+            weights="fp8" if weights == "fp8" else "dense",
+            allow_missing=allow_missing or (),
+            progress=progress,
+        )
+    if tokenizer is None:
+        raise UserError(f"{model}: no tokenizer.json or tiktoken.model in this folder; text needs one")
+    return network, tokenizer
+
+
+def parse_dtype(name: str, field: str, *, fp8: bool = False) -> torch.dtype | None:
+    """``auto`` is None. Raises UserError naming ``field``."""
+    from abyssal.checkpoint.precision import PRECISIONS
+    from abyssal.errors import UserError
+
+    known = {key: dtype for key, dtype in PRECISIONS.items() if fp8 or key != "fp8"}
+    if name != "auto" and name not in known:
+        raise UserError(f"{field}: {name!r} is not one of auto, {', '.join(known)}")
+    return known.get(name)
+
+
+@contextmanager
+def byte_bar(what: str) -> Iterator[Callable[[int, int], None] | None]:
+    """A progress bar in bytes on stderr while the block runs; nothing where stderr is no terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield None
+        return
+    columns = TextColumn(what), BarColumn(bar_width=24), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -1,0 +1,90 @@
+"""``abyssal.export``: a model in the published layout, for transformers, vLLM, SGLang and whoever else reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from abyssal.checkpoint.export import SHARD_SIZE, InMemory, write_model
+from abyssal.checkpoint.load import Progress, match, read_model_config
+from abyssal.checkpoint.precision import FP8
+from abyssal.checkpoint.run import MANIFEST
+from abyssal.checkpoint.shards import Shards
+from abyssal.config import read_mapping
+from abyssal.data.tokenizer import Tokenizer
+from abyssal.errors import UserError
+from abyssal.loading import find, find_tokenizer
+from abyssal.model import Transformer
+
+
+def export(
+    source: str | Path | Transformer,
+    folder: str | Path,
+    *,
+    tokenizer: Tokenizer | None = None,
+    dtype: torch.dtype | None = None,
+    shard_size: int = SHARD_SIZE,
+    power_of_two: bool = False,
+    allow_missing: Sequence[str] = (),
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Path:
+    """Writes ``source`` (a run, a folder, a name on the hub, or a model in memory) to ``folder``, and returns it.
+
+    Written are config.json, generation_config.json, the tokenizer with its chat template, and weights a tensor an
+    expert, in shards of at most ``shard_size`` bytes. From a folder, tensors are streamed: nothing more than one shard
+    of it is in memory. ``dtype`` None keeps the stored one; ``torch.float8_e4m3fn`` writes FP8 blocks as V3's (scales
+    powers of two with ``power_of_two``). ``tokenizer`` replaces the source's own. Embedding and head are repeated
+    under the MTP modules of what was trained here, as serving engines expect; a published folder stays as it is.
+
+    Raises UserError where ``folder`` exists, the disk is too small, the source is damaged, the layout cannot express
+    the model, or (without ``force``) transformers' code for it would compute something else.
+    """
+    folder = Path(folder)
+    if isinstance(source, Transformer):
+        tensors: InMemory | Shards = InMemory(source)
+        config, own, generation = source.config, tokenizer, None
+        trained_here = True
+    else:
+        found = find(source)
+        config, tensors = read_model_config(found), Shards(found)
+        with torch.device("meta"):
+            match(Transformer(config), tensors, allow_missing)
+        own = tokenizer or find_tokenizer(found)
+        generation = read_mapping(path) if (path := found / "generation_config.json").is_file() else None
+        trained_here = (Path(source) / MANIFEST).is_file() or (found / "state.json").is_file()
+    if own is not None and own.vocab_size > config.vocab_size:
+        raise UserError(f"tokenizer: its vocabulary of {own.vocab_size} is larger than the model's {config.vocab_size}")
+    write_model(
+        tensors,
+        config,
+        folder,
+        dtype=dtype,
+        shard_size=shard_size,
+        power_of_two=power_of_two and dtype == FP8,
+        repeat_shared=trained_here,
+        generation_config=generation or _generation_config(config.model_dump(), own),
+        write_others=own.save if own is not None else None,
+        force=force,
+        progress=progress,
+    )
+    return folder
+
+
+def _generation_config(config: dict[str, Any], tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """Where text begins and ends: the model's own ids, the tokenizer's, and the end of an assistant's turn."""
+    several = config["published"].get("eos_token_id")
+    ends = list(several) if isinstance(several, list) else [config["eos_token_id"]]
+    if tokenizer is not None:
+        ends += [tokenizer.eos_id, *sorted(tokenizer.end_of_turn_ids)]
+    ends = list(dict.fromkeys(end for end in ends if end is not None))
+    bos = config["bos_token_id"] if tokenizer is None or tokenizer.bos_id is None else tokenizer.bos_id
+    out: dict[str, Any] = {"_from_model_config": True}
+    if bos is not None:
+        out["bos_token_id"] = bos
+    if ends:
+        out["eos_token_id"] = ends[0] if len(ends) == 1 else ends
+    return out
