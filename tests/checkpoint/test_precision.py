@@ -270,6 +270,19 @@ class TestRecast:
         mantissa, _ = torch.frexp(out[WEIGHT + "_scale_inv"])
         assert (mantissa == 0.5).all()
 
+    def test_blocks_get_powers_of_two(self):
+        """config.json will say so: blocks with other scales are quantised anew, no number of the others changes."""
+        stored, scale = fp8.quantize(drawn(200, 130))
+        out = recast({WEIGHT: stored, WEIGHT + "_scale_inv": scale}, Plan(FP8), power_of_two=True)
+        mantissa, _ = torch.frexp(out[WEIGHT + "_scale_inv"])
+        assert (mantissa == 0.5).all()
+        before, after = fp8.dequantize(stored, scale, FP32), fp8.dequantize(*out.values(), FP32)
+        assert 0 < float((after - before).abs().max() / before.abs().max()) < 2.0**-4
+        stored, scale = fp8.quantize(drawn(200, 130), power_of_two=True)
+        tensors = {WEIGHT: stored, WEIGHT + "_scale_inv": scale.to(torch.float8_e8m0fnu)}
+        out = recast(tensors, Plan(FP8), power_of_two=True)
+        assert torch.equal(fp8.dequantize(*out.values(), FP32), fp8.dequantize(stored, scale, FP32))
+
     def test_computed_tables_go(self):
         tensors = {WEIGHT: drawn(3, 3), "model.layers.0.self_attn.rotary_emb.inv_freq": drawn(4)}
         assert recast(tensors, Plan(BF16)).keys() == {WEIGHT}

@@ -130,7 +130,11 @@ def match(model: Transformer, shards: Shards, allow_missing: Sequence[str] = ())
     left = {name for name in shards.tensors if not is_derived(name)}
     if config.tie_word_embeddings:
         left.discard("lm_head.weight")
-    copies = {name: original for name, original in repeated_names(config).items() if name in left}
+    copies = {
+        name: original
+        for name, original in repeated_names(config).items()
+        if name in left and not _allowed([name], allow_missing)
+    }
     left -= copies.keys()
     missing, wrong = [], []
     for name, target in targets.items():
@@ -149,8 +153,9 @@ def match(model: Transformer, shards: Shards, allow_missing: Sequence[str] = ())
         elif stored.dtype == torch.float8_e8m0fnu:
             wrong.append(f"{name}: F8_E8M0, which is for scales")
     for name in sorted(left):
-        if name.endswith(SCALE) and name.removesuffix(SCALE) in targets:
-            wrong.append(f"{name}: a scale, but the weight is {shards[name.removesuffix(SCALE)].dtype} and not FP8")
+        weight = name.removesuffix(SCALE)
+        if weight != name and weight in shards:
+            wrong.append(f"{name}: a scale, but its weight is {shards[weight].dtype} and not FP8")
             left.discard(name)
     absent = _allowed(missing, allow_missing)
     dropped = _allowed(sorted(left), allow_missing)

@@ -55,7 +55,7 @@ class Recast:
             return [entry]
         if len(stored.shape) != 2:
             raise UserError(f"{name}: shape {list(stored.shape)}; FP8 blocks need a matrix")
-        kept = stored.dtype == FP8
+        kept = stored.dtype == FP8 and not self.power_of_two
         scale_dtype = self.source[original + SCALE].dtype if kept else torch.float32
         return [entry, Entry(name + SCALE, scale_dtype, fp8.scale_shape(stored.shape))]
 
@@ -79,19 +79,24 @@ class Recast:
         target = self.plan.dtype(original, tensor.dtype)
         if tensor.dtype == FP8:
             scale = self.source.read(original + SCALE)
-            if target == FP8:
+            if target == FP8 and self.power_of_two:  # the scales there are may not be (and if so, no number changes)
+                yield from self._quantized(name, original, fp8.dequantize(tensor, scale, torch.float32))
+            elif target == FP8:
                 yield name, tensor
                 yield name + SCALE, scale
             else:
                 yield name, fp8.dequantize(tensor, scale, target)
         elif target == FP8:
-            stored, scale = fp8.quantize(tensor, power_of_two=self.power_of_two)
-            if not scale.isfinite().all():
-                raise UserError(f"{original}: holds NaN or infinite numbers, which FP8 blocks cannot")
-            yield name, stored
-            yield name + SCALE, scale
+            yield from self._quantized(name, original, tensor)
         else:
             yield name, tensor.to(target)
+
+    def _quantized(self, name: str, original: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+        stored, scale = fp8.quantize(tensor, power_of_two=self.power_of_two)
+        if not scale.isfinite().all():
+            raise UserError(f"{original}: holds NaN or infinite numbers, which FP8 blocks cannot")
+        yield name, stored
+        yield name + SCALE, scale
 
     def _goes_along(self, name: str) -> bool:
         """Whether ``name`` is the scale of an FP8 weight, which is written with it."""

@@ -260,9 +260,9 @@ class _Session:
         sampling = self.sampling
         if sampling.seed is not None:  # the same seed would draw the same answer again
             sampling = dataclasses.replace(sampling, seed=(sampling.seed + self.retries) % 2**64)
-        self.writing = True
-        try:
-            with _silent_keys() if self.terminal else nullcontext():
+        with _silent_keys() if self.terminal else nullcontext():
+            self.writing = True
+            try:
                 ids = self.conversation.ids()
                 answer.prompt, room = len(ids), self.context - len(ids)
                 if room < LEAST_ROOM:
@@ -273,12 +273,12 @@ class _Session:
                 for count, piece in reply(self.network, self.conversation.tokenizer, ids, sampling):
                     answer.take(count, piece)
                     print(_visible(piece), end="", flush=True)
-                if answer.tokens == room:
-                    answer.end = "the context is full"
-                elif answer.tokens == sampling.max_new_tokens:
-                    answer.end = "cut at max_new_tokens"
-        finally:
-            self.writing = False
+            finally:
+                self.writing = False  # first of all: Ctrl-C must not come between the terminal and its settings
+        if answer.tokens == room:
+            answer.end = "the context is full"
+        elif answer.tokens == sampling.max_new_tokens:
+            answer.end = "cut at max_new_tokens"
 
 
 class _Answer:
