@@ -257,7 +257,7 @@ class TestCommands:
         assert (tmp_path / "home" / "my chat.json").is_file()
 
     def test_help_names_every_command_and_exit_leaves(self, chat):
-        out, err = chat("/help\n/exit\nHello\n")
+        out, err = chat("/help\n/exit now\nHello\n")
         assert out == ""
         for command in COMMANDS:
             assert any(line.startswith(command) for line in err)

@@ -47,6 +47,11 @@ class Parameters:
         return self.active - (0 if tied else self.active_by_part["embedding"])
 
 
+def part_of(name: str) -> str:
+    """The part of the model that a tensor belongs to: attention, routed experts, …"""
+    return next(part for pattern, part in _PARTS if re.search(pattern, name))
+
+
 def count_parameters(config: ModelConfig) -> Parameters:
     """Counts ``config``'s parameters; takes no memory for weights."""
     with torch.device("meta"):
@@ -59,7 +64,7 @@ def count_parameters(config: ModelConfig) -> Parameters:
         if layer and int(layer[1]) >= config.num_hidden_layers:
             mtp += tensor.numel()
             continue
-        part = next(part for pattern, part in _PARTS if re.search(pattern, name))
+        part = part_of(name)
         by_part[part] = by_part.get(part, 0) + tensor.numel()
     active = dict(by_part)
     if config.moe and "routed experts" in active:

@@ -99,7 +99,7 @@ def chat_command(
         session.note("this model has no chat template: what is said is one text, which it continues")
     with session.interrupts() if terminal else nullcontext():
         for text in _typed(session) if terminal else _piped():
-            if text.split() == ["/exit"]:
+            if text.split()[:1] == ["/exit"]:
                 break
             session.take(text)
 

@@ -30,17 +30,17 @@ def export_command(
     from abyssal.checkpoint.shards import Shards
     from abyssal.checkpoint.writer import parse_size
     from abyssal.cli.loaded import byte_bar, parse_dtype
-    from abyssal.cli.show import console
+    from abyssal.cli.show import console, size
     from abyssal.exporting import export
 
-    size = parse_size(shard_size, "--shard-size")
+    most = parse_size(shard_size, "--shard-size")
     chosen = parse_dtype(dtype, "--dtype", fp8=True)
     with byte_bar("writing") as progress:
         export(
             source,
             folder,
             dtype=chosen,
-            shard_size=size,
+            shard_size=most,
             power_of_two=_power_of_two(scales),
             allow_missing=allow_missing or (),
             force=force,
@@ -49,7 +49,7 @@ def export_command(
     written = Shards(folder)
     model_type = read_model_config(folder).published["model_type"]
     count = f"{len(written.files)} file{'s' if len(written.files) > 1 else ''}"
-    console.print(f"{folder}: {model_type}, {len(written.tensors):,} tensors, {written.nbytes / 1e9:.2f} GB in {count}")
+    console.print(f"{folder}: {model_type}, {len(written.tensors):,} tensors, {size(written.nbytes)} in {count}")
     if model_type == "deepseek":
         console.print(
             "transformers has no code of its own for model_type deepseek (DeepSeekMoE-16B): there it needs DeepSeek's "
@@ -71,7 +71,7 @@ def convert_command(
     from abyssal.checkpoint.precision import precision
     from abyssal.checkpoint.shards import Shards
     from abyssal.cli.loaded import byte_bar
-    from abyssal.cli.show import console
+    from abyssal.cli.show import console, size
     from abyssal.loading import find
 
     dtype = precision(to, "--to")
@@ -86,7 +86,7 @@ def convert_command(
             progress=progress,
             verifying=verifying,
         )
-    console.print(f"{target}: {len(Shards(target).files)} files, {total / 1e9:.2f} GB, read back and equal")
+    console.print(f"{target}: {len(Shards(target).files)} files, {size(total)}, read back and equal")
 
 
 def _power_of_two(scales: str) -> bool:

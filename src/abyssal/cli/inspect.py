@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
+
+if TYPE_CHECKING:
+    from abyssal.config import ModelConfig
 
 
 def inspect_command(
-    model: Annotated[str, typer.Argument(help="A preset, a config.json or its folder, or a run.")],
+    model: Annotated[str, typer.Argument(help="A preset, a config.json or its folder, a run, or a name on the hub.")],
+    precision: Annotated[
+        bool, typer.Option("--precision", help="How much is stored in FP8, BF16 and FP32, by tensor.")
+    ] = False,
+    plan: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN=DTYPE",
+            help="Another plan for --precision: a dtype for tensors whose names fit, or a dtype alone for the rest; "
+            "may be given again, the first that fits counts.",
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show parameters (all and active, by part) and cached bytes a token. Takes no memory for weights."""
@@ -19,6 +34,9 @@ def inspect_command(
     from abyssal.cli.show import console, show_table, table
 
     config = _config(model)
+    if precision or plan:
+        _show_precision(model, config, plan or [], as_json)
+        return
     counts = count_parameters(config)
     attention = config.attention
     cached = attention.cached_values * config.num_hidden_layers
@@ -66,7 +84,57 @@ def inspect_command(
     show_table(out)
 
 
-def _config(model: str):  # type: ignore[no-untyped-def]
+def _show_precision(model: str, config: ModelConfig, entries: list[str], as_json: bool) -> None:
+    import json
+
+    from abyssal.analysis.precision import count_precisions, published_plan
+    from abyssal.checkpoint.precision import PRECISIONS, parse_plan
+    from abyssal.cli.show import console, show_table, size, table
+
+    names = {dtype: name for name, dtype in PRECISIONS.items()}
+    counts = count_precisions(config, parse_plan(entries, published_plan(config).base))
+    total = counts.parameters
+    shares = sorted(counts.by_dtype.items(), key=lambda item: item[0].itemsize)
+    if as_json:
+        data = {
+            "parameters": total,
+            "bytes": counts.nbytes,
+            "precisions": {names[dtype]: vars(share) for dtype, share in shares},
+            "scales": vars(counts.scales),
+            "parts": {part: {names[d]: n for d, n in row.items()} for part, row in counts.by_part.items()},
+            "mtp": {names[dtype]: vars(share) for dtype, share in counts.mtp.items()},
+        }
+        print(json.dumps(data, indent=2).replace('"nbytes"', '"bytes"'))
+        return
+    plan = " ".join(entries) if entries else "as published"
+    console.print(f"[bold]{model}[/bold], {escape(plan)}")
+    out = table("\nprecision", "\ntensors", "\nparameters", "\nshare", "\nbytes")
+    for dtype, share in shares:
+        out.add_row(names[dtype], *_columns(share.tensors, share.parameters, total, share.nbytes))
+    if counts.scales.tensors:
+        out.add_row(
+            "fp32 scales", *_columns(counts.scales.tensors, counts.scales.parameters, None, counts.scales.nbytes)
+        )
+    tensors = sum(share.tensors for _, share in shares) + counts.scales.tensors
+    out.add_row("[bold]total[/bold]", f"{tensors:,}", f"[bold]{total:,}[/bold]", "", f"{size(counts.nbytes)}")
+    for dtype, share in sorted(counts.mtp.items(), key=lambda item: item[0].itemsize):
+        out.add_row(f"MTP modules, {names[dtype]}", *_columns(share.tensors, share.parameters, None, share.nbytes))
+    show_table(out)
+    dtypes = [dtype for dtype, _ in shares]
+    out = table("\npart", *(f"\n{names[dtype]}" for dtype in dtypes))
+    for part, row in counts.by_part.items():
+        out.add_row(part, *(f"{row[dtype]:,}" if dtype in row else "–" for dtype in dtypes))
+    show_table(out)
+
+
+def _columns(tensors: int, parameters: int, total: int | None, nbytes: int) -> tuple[str, ...]:
+    from abyssal.cli.show import size
+
+    share = "" if total is None else f"{parameters / total:.2%}"
+    return f"{tensors:,}", f"{parameters:,}", share, size(nbytes)
+
+
+def _config(model: str) -> ModelConfig:
     from abyssal.checkpoint.run import MANIFEST
     from abyssal.loading import find_config
     from abyssal.training.start import run_recipe

@@ -23,6 +23,15 @@ def show_table(out: Table) -> None:
     Console(highlight=False, width=max(Measurement.get(console, wide, out).maximum, 1)).print(out)
 
 
+def size(nbytes: float) -> str:
+    """Bytes as ``1.23 GB`` (powers of 1000)."""
+    for unit in ("bytes", "kB", "MB"):
+        if nbytes < 1000:
+            return f"{nbytes:.0f} {unit}" if unit == "bytes" else f"{nbytes:.2f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:,.2f} GB"
+
+
 def duration(seconds: float) -> str:
     """95 as ``1:35``."""
     minutes, seconds = divmod(round(seconds), 60)

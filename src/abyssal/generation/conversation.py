@@ -12,7 +12,7 @@ from typing import Any
 from abyssal.checkpoint.atomic import write_text
 from abyssal.data.tokenizer import StreamDecoder, Tokenizer
 from abyssal.errors import UserError
-from abyssal.generation.generate import _prompt_ids, steps
+from abyssal.generation.generate import prompt_ids, steps
 from abyssal.generation.sampling import Sampling
 from abyssal.model import Transformer
 
@@ -87,7 +87,7 @@ def reply(
     The pieces joined are what ``abyssal.generate`` returns for ``ids``, and it raises as that does; ``sampling.stop``
     is not looked at.
     """
-    prompts = _prompt_ids(model, tokenizer, [list(ids)], False, False)
+    prompts = prompt_ids(model, tokenizer, [list(ids)], False, False)
     decoder = StreamDecoder(tokenizer)
     count = 0
     for (token,) in steps(model, tokenizer, prompts, sampling, set()):

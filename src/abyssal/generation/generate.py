@@ -81,7 +81,7 @@ def generate(
     """
     sampling = _settings(sampling, overrides)
     several = isinstance(prompts, list | tuple) and not (prompts and _are_ids(prompts))
-    ids = _prompt_ids(model, tokenizer, prompts if several else [prompts], several, add_bos)
+    ids = prompt_ids(model, tokenizer, prompts if several else [prompts], several, add_bos)
     texts = [""] * len(ids)
     for index, piece in _pieces(model, tokenizer, ids, sampling):
         texts[index] += piece
@@ -103,7 +103,7 @@ def stream(
     beginning of one waits until it is clear. Raises as ``generate`` does, what is wrong with the arguments at once.
     """
     sampling = _settings(sampling, overrides)
-    ids = _prompt_ids(model, tokenizer, [prompt], False, add_bos)
+    ids = prompt_ids(model, tokenizer, [prompt], False, add_bos)
     return (piece for _, piece in _pieces(model, tokenizer, ids, sampling) if piece)
 
 
@@ -238,7 +238,7 @@ def _settings(sampling: Sampling | None, overrides: dict[str, Any]) -> Sampling:
     return dataclasses.replace(sampling or Sampling(), **overrides)
 
 
-def _prompt_ids(
+def prompt_ids(
     model: Transformer, tokenizer: Tokenizer, prompts: Sequence[Any], several: bool, add_bos: bool
 ) -> list[list[int]]:
     """Each prompt's token ids, checked against the model."""
