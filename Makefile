@@ -11,13 +11,14 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet --constraint constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 STAMP := $(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: help setup demo test test-slow lint format bench wheel clean
+.PHONY: help setup demo test test-slow lint format bench bench-checkpoints wheel clean
 
 help:
 	@echo "make demo       train a small DeepSeek-V3 on Tiny Shakespeare and let it talk"
 	@echo "make test       run the tests"
 	@echo "make lint       formatting, lint, types, one-way imports"
 	@echo "make bench      benchmarks, each side in turn in one run"
+	@echo "make bench-checkpoints  memory and time of loading, converting, exporting (16 GB of disk, 8 GB of memory)"
 	@echo "make test-slow  long proofs that CI leaves out"
 	@echo "make wheel      build the wheel, install it in an empty environment, run a command"
 
@@ -63,6 +64,9 @@ format: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	@$(BIN)/python benchmarks/attention.py
+
+bench-checkpoints: $(VENV)/.dev
+	@$(BIN)/python benchmarks/checkpoints.py
 
 # Built from a clean tree, installed without the source, run from elsewhere: presets, recipes and corpus must be in it.
 wheel: $(VENV)/.torch

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
@@ -217,6 +217,10 @@ class Tensors(dict[str, Tensor]):
         return super().__getitem__(name)
 
     read = get_tensor
+
+    def batches(self, names: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
+        for name in names:
+            yield "", [name]
 
     @contextmanager
     def open(self, file: str) -> Iterator[Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,9 @@ class InMemory:
 
     def get_tensor(self, name: str) -> Tensor:
         return self._tensors[name]
+
+    def batches(self, names: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
+        yield "", list(names)
 
     @contextmanager
     def open(self, file: str) -> Iterator[InMemory]:

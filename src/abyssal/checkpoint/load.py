@@ -202,8 +202,8 @@ def fill(
 
     wanted = {*found.names, *found.copies}
     with ThreadPoolExecutor(threads) as pool:
-        for file in shards.files:
-            names = [name for name in shards.names(file) if name in wanted]
+        in_order = (name for file in shards.files for name in shards.names(file) if name in wanted)
+        for file, names in shards.batches(in_order):
             with shards.open(file) as opened:
                 for nbytes in pool.map(lambda name, opened=opened: read(opened, name), names):
                     done += nbytes

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -26,6 +26,7 @@ class Source(Protocol):
     def __contains__(self, name: str) -> bool: ...
     def __getitem__(self, name: str) -> Stored: ...
     def read(self, name: str) -> Tensor: ...
+    def batches(self, names: Iterable[str]) -> Iterator[tuple[str, list[str]]]: ...
     def open(self, file: str) -> AbstractContextManager[Any]: ...
 
 
@@ -64,21 +65,22 @@ class Recast:
 
         Raises UserError for numbers that are not finite where they would be quantised.
         """
-        by_file: dict[str, list[str]] = {}
-        for entry in entries:
-            original = self.copies.get(entry.name, entry.name)
-            if original in self.source and not self._goes_along(original):
-                by_file.setdefault(self.source[original].file, []).append(entry.name)
-        for file, names in by_file.items():
+        own = [entry.name for entry in entries if entry.name in self.source and not self._goes_along(entry.name)]
+        for file, names in self.source.batches(own):
             with self.source.open(file) as opened:
                 for name in names:
-                    original = self.copies.get(name, name)
-                    yield from self._one(name, original, opened.get_tensor(original))
+                    yield from self._one(name, name, opened)
+        for entry in entries:
+            if (original := self.copies.get(entry.name)) is not None:
+                with self.source.open(self.source[original].file) as opened:
+                    yield from self._one(entry.name, original, opened)
 
-    def _one(self, name: str, original: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    def _one(self, name: str, original: str, opened: Any) -> Iterator[tuple[str, Tensor]]:
+        tensor = opened.get_tensor(original)
         target = self.plan.dtype(original, tensor.dtype)
         if tensor.dtype == FP8:
-            scale = self.source.read(original + SCALE)
+            together = self.source[original + SCALE].file == self.source[original].file
+            scale = (opened.get_tensor if together else self.source.read)(original + SCALE)
             if target == FP8 and self.power_of_two:  # the scales there are may not be (and if so, no number changes)
                 yield from self._quantized(name, original, fp8.dequantize(tensor, scale, torch.float32))
             elif target == FP8:

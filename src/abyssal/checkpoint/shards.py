@@ -24,6 +24,7 @@ from abyssal.errors import UserError
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+_BATCH = 2**26  # bytes
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
 DTYPES = {
@@ -108,6 +109,21 @@ class Shards:
                 yield opened
         except (SafetensorError, OSError) as error:
             raise _unreadable(self.folder / file, error) from None
+
+    def batches(self, names: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
+        """``names`` by file, some at a time: open the file anew for each, and the pages of the last are given back.
+        Pages of a mapped file count as the process's memory as long as it is open."""
+        file, batch, size = "", list[str](), 0
+        for name in names:
+            stored = self.tensors[name]
+            if batch and (stored.file != file or size + stored.nbytes > _BATCH):
+                yield file, batch
+                batch, size = [], 0
+            file = stored.file
+            batch.append(name)
+            size += stored.nbytes
+        if batch:
+            yield file, batch
 
     def fingerprint(self) -> list[list[Any]]:
         """Name, size and time of change of every file: what tells this checkpoint from another."""
