@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from abyssal.config import ModelConfig, preset
     from abyssal.errors import UserError
-    from abyssal.exporting import export
+    from abyssal.exporting import convert, export
     from abyssal.generation import Sampling, generate, stream
     from abyssal.loading import load
     from abyssal.model import Cache, RoutingRecorder, Transformer
@@ -28,6 +28,7 @@ _WHERE = {
     "Sampling": "abyssal.generation",
     "Transformer": "abyssal.model",
     "UserError": "abyssal.errors",
+    "convert": "abyssal.exporting",
     "export": "abyssal.exporting",
     "generate": "abyssal.generation",
     "load": "abyssal.loading",
@@ -41,6 +42,7 @@ __all__ = [
     "Sampling",
     "Transformer",
     "UserError",
+    "convert",
     "export",
     "generate",
     "load",

@@ -1,4 +1,5 @@
-"""``abyssal.export``: a model in the published layout, for transformers, vLLM, SGLang and whoever else reads it."""
+"""``abyssal.export`` and ``abyssal.convert``: the published layout, for transformers, vLLM, SGLang and whoever reads
+it."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from typing import Any
 
 import torch
 
+from abyssal.checkpoint.convert import convert as convert_folder
 from abyssal.checkpoint.export import SHARD_SIZE, InMemory, write_model
 from abyssal.checkpoint.load import Progress, match, read_model_config
 from abyssal.checkpoint.precision import FP8
@@ -72,6 +74,30 @@ def export(
         progress=progress,
     )
     return folder
+
+
+def convert(
+    source: str | Path,
+    folder: str | Path,
+    to: torch.dtype,
+    *,
+    power_of_two: bool = False,
+    allow_missing: Sequence[str] = (),
+    progress: Progress | None = None,
+    verifying: Progress | None = None,
+) -> Path:
+    """Writes the checkpoint ``source`` (a folder, a run, a name on the hub) to ``folder`` in the dtype ``to``, shard by
+    shard, and returns ``folder``; see :func:`abyssal.checkpoint.convert.convert`."""
+    convert_folder(
+        find(source),
+        Path(folder),
+        to,
+        power_of_two=power_of_two,
+        allow_missing=allow_missing,
+        progress=progress,
+        verifying=verifying,
+    )
+    return Path(folder)
 
 
 def _generation_config(config: dict[str, Any], tokenizer: Tokenizer | None) -> dict[str, Any]:

@@ -67,18 +67,17 @@ def convert_command(
     allow_missing: AllowMissingOption = None,
 ) -> None:
     """Write a checkpoint in another dtype, one shard in memory at a time; interrupted, the same command goes on."""
-    from abyssal.checkpoint.convert import convert
     from abyssal.checkpoint.precision import precision
     from abyssal.checkpoint.shards import Shards
     from abyssal.cli.loaded import byte_bar
     from abyssal.cli.show import console, size
-    from abyssal.loading import find
+    from abyssal.exporting import convert
 
     dtype = precision(to, "--to")
     power_of_two = _power_of_two(scales)
     with byte_bar("writing") as progress, byte_bar("reading back") as verifying:
-        total = convert(
-            find(source),
+        convert(
+            source,
             target,
             dtype,
             power_of_two=power_of_two,
@@ -86,7 +85,9 @@ def convert_command(
             progress=progress,
             verifying=verifying,
         )
-    console.print(f"{target}: {len(Shards(target).files)} files, {size(total)}, read back and equal")
+    written = Shards(target)
+    count = f"{len(written.files)} file{'s' if len(written.files) > 1 else ''}"
+    console.print(f"{target}: {len(written.tensors):,} tensors, {size(written.nbytes)} in {count}, read back and equal")
 
 
 def _power_of_two(scales: str) -> bool:
