@@ -3,19 +3,18 @@ it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from abyssal.checkpoint.convert import convert as convert_folder
-from abyssal.checkpoint.export import SHARD_SIZE, InMemory, write_model
-from abyssal.checkpoint.load import Progress, match, read_model_config
-from abyssal.checkpoint.precision import FP8
+from abyssal.checkpoint.export import SHARD_SIZE, InMemory, check_target, write_model
+from abyssal.checkpoint.load import Progress, read_model_config, wanted_tensors
 from abyssal.checkpoint.run import MANIFEST
 from abyssal.checkpoint.shards import Shards
-from abyssal.config import read_mapping
+from abyssal.config import ModelConfig, read_mapping
 from abyssal.data.tokenizer import Tokenizer
 from abyssal.errors import UserError
 from abyssal.loading import find, find_tokenizer
@@ -45,16 +44,18 @@ def export(
     Raises UserError where ``folder`` exists, the disk is too small, the source is damaged, the layout cannot express
     the model, or (without ``force``) transformers' code for it would compute something else.
     """
-    folder = Path(folder)
+    folder = Path(folder).absolute()
+    check_target(folder)
     if isinstance(source, Transformer):
-        tensors: InMemory | Shards = InMemory(source)
+        held = InMemory(source)
+        tensors: InMemory | Shards = held
+        wanted: Collection[str] = held.wanted
         config, own, generation = source.config, tokenizer, None
         trained_here = True
     else:
         found = find(source)
-        config, tensors = read_model_config(found), Shards(found)
-        with torch.device("meta"):
-            match(Transformer(config), tensors, allow_missing)
+        config, shards = read_model_config(found), Shards(found)
+        wanted, tensors = wanted_tensors(config, shards, allow_missing), shards
         own = tokenizer or find_tokenizer(found)
         generation = read_mapping(path) if (path := found / "generation_config.json").is_file() else None
         trained_here = (Path(source) / MANIFEST).is_file() or (found / "state.json").is_file()
@@ -62,13 +63,14 @@ def export(
         raise UserError(f"tokenizer: its vocabulary of {own.vocab_size} is larger than the model's {config.vocab_size}")
     write_model(
         tensors,
+        wanted,
         config,
         folder,
         dtype=dtype,
         shard_size=shard_size,
-        power_of_two=power_of_two and dtype == FP8,
+        power_of_two=power_of_two,
         repeat_shared=trained_here,
-        generation_config=generation or _generation_config(config.model_dump(), own),
+        generation_config=generation or _generation_config(config, own),
         write_others=own.save if own is not None else None,
         force=force,
         progress=progress,
@@ -100,14 +102,14 @@ def convert(
     return Path(folder)
 
 
-def _generation_config(config: dict[str, Any], tokenizer: Tokenizer | None) -> dict[str, Any]:
+def _generation_config(config: ModelConfig, tokenizer: Tokenizer | None) -> dict[str, Any]:
     """Where text begins and ends: the model's own ids, the tokenizer's, and the end of an assistant's turn."""
-    several = config["published"].get("eos_token_id")
-    ends = list(several) if isinstance(several, list) else [config["eos_token_id"]]
+    several = config.published.get("eos_token_id")
+    ends = list(several) if isinstance(several, list) else [config.eos_token_id]
     if tokenizer is not None:
         ends += [tokenizer.eos_id, *sorted(tokenizer.end_of_turn_ids)]
     ends = list(dict.fromkeys(end for end in ends if end is not None))
-    bos = config["bos_token_id"] if tokenizer is None or tokenizer.bos_id is None else tokenizer.bos_id
+    bos = config.bos_token_id if tokenizer is None or tokenizer.bos_id is None else tokenizer.bos_id
     out: dict[str, Any] = {"_from_model_config": True}
     if bos is not None:
         out["bos_token_id"] = bos

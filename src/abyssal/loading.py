@@ -40,6 +40,7 @@ def load(
     UserError where something is missing, corrupt, or does not fit together.
     """
     folder = find(source, layers=layers)
+    tokenizer = find_tokenizer(folder)  # first: it takes less time to find out that it is damaged
     model = load_model(
         folder,
         dtype=dtype,
@@ -50,7 +51,7 @@ def load(
         threads=threads,
         progress=progress,
     )
-    return model, find_tokenizer(folder)
+    return model, tokenizer
 
 
 def find(source: str | Path, *, layers: int | Sequence[int] | None = None) -> Path:

@@ -143,6 +143,9 @@ class TestVerified:
         with pytest.raises(UserError, match="read back is not"):
             convert(source, tmp_path / "out", torch.bfloat16)
         assert not (tmp_path / "out").exists()
+        monkeypatch.undo()
+        convert(source, tmp_path / "out", torch.bfloat16)  # that shard is written anew
+        load_model(tmp_path / "out")
 
     def test_progress_of_both_passes(self, source, tmp_path):
         written, verified = [], []
@@ -195,6 +198,42 @@ class TestSpace:
 
 
 class TestTarget:
+    def test_a_folder_that_ends_in_partial_is_somebodys(self, source, tmp_path):
+        """DST.partial may be the source itself, or anybody's folder."""
+        source.rename(tmp_path / "x.partial")
+        before = {path.name: path.read_bytes() for path in (tmp_path / "x.partial").iterdir()}
+        with pytest.raises(UserError, match="lies in the source, or would be written into it"):
+            convert(tmp_path / "x.partial", tmp_path / "x", torch.bfloat16)
+        abyssal.export(tmp_path / "x.partial", tmp_path / "x")
+        assert {path.name: path.read_bytes() for path in (tmp_path / "x.partial").iterdir()} == before
+        (tmp_path / "y.partial").mkdir()
+        (tmp_path / "y.partial" / "thesis.txt").write_text("years")
+        with pytest.raises(UserError, match="is no interrupted conversion; move it away"):
+            convert(tmp_path / "x", tmp_path / "y", torch.bfloat16)
+        assert listing(tmp_path / "y.partial") == ["thesis.txt"]
+        abyssal.export(tmp_path / "x", tmp_path / "y")
+        assert listing(tmp_path / "y.partial") == ["thesis.txt"]
+
+    def test_links_and_the_working_folder(self, source, tmp_path, monkeypatch):
+        (tmp_path / "real").mkdir()
+        (tmp_path / "link").symlink_to(tmp_path / "real")
+        monkeypatch.chdir(tmp_path / "real")
+        for target in (tmp_path / "link", tmp_path / "real"):
+            for action in (
+                lambda target=target: convert(source, target, torch.bfloat16),
+                lambda target=target: abyssal.export(source, target),
+            ):
+                with pytest.raises(UserError, match=r"nothing is overwritten|the folder you are in"):
+                    action()
+        with pytest.raises(UserError, match="the folder you are in"):
+            abyssal.export(source, ".")
+        assert listing(tmp_path) == ["link", "real", "src"]
+
+    def test_a_file_in_place_of_the_parent(self, source, tmp_path):
+        (tmp_path / "file").write_text("x")
+        with pytest.raises(UserError, match="is not a folder that you can write to"):
+            abyssal.export(source, tmp_path / "file" / "out")
+
     def test_what_is_there_stays(self, source, tmp_path):
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "mine").write_text("kept")
@@ -233,6 +272,47 @@ def test_config_says_what_is_in_the_files(source, tmp_path):
     assert "quantization_config" not in config
     before = json.loads((source / "config.json").read_text())
     assert {**before, "torch_dtype": "bfloat16"} == config
+
+
+def test_powers_of_two_are_kept_and_made(source, tmp_path):
+    """What comes from a ue8m0 file and is quantised again has such scales; asked for, FP32 scales are made anew."""
+
+    def mantissas(folder):
+        return {float(torch.frexp(s).mantissa.max()) for n, s in tensors_in(folder).items() if n.endswith("_scale_inv")}
+
+    convert(source, tmp_path / "fp32-scales", FP8)
+    assert mantissas(tmp_path / "fp32-scales") != {0.5}
+    convert(tmp_path / "fp32-scales", tmp_path / "asked", FP8, power_of_two=True)
+    abyssal.export(tmp_path / "fp32-scales", tmp_path / "exported", power_of_two=True)
+    model = load_model(tmp_path / "asked")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.7)
+    abyssal.export(model, tmp_path / "trained", dtype=FP8)
+    for name in ("asked", "exported", "trained"):
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        assert config["quantization_config"]["scale_fmt"] == "ue8m0"
+        assert mantissas(tmp_path / name) == {0.5}
+    for action in (
+        lambda: convert(source, tmp_path / "x", torch.bfloat16, power_of_two=True),
+        lambda: abyssal.export(source, tmp_path / "x", power_of_two=True),
+    ):
+        with pytest.raises(UserError, match="nothing is written in FP8"):
+            action()
+
+
+def test_what_float16_cannot_hold(tmp_path):
+    model = Transformer(resolve_model(MODEL), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        model.blocks[0].mlp.up_proj.weight[3, 4] = -1e6
+    abyssal.export(model, tmp_path / "src")
+    for action in (
+        lambda: convert(tmp_path / "src", tmp_path / "out", torch.float16),
+        lambda: abyssal.export(model, tmp_path / "out", dtype=torch.float16),
+    ):
+        with pytest.raises(UserError, match=r"layers\.0\.mlp\.up_proj\.weight: holds 1e\+06, too large for float16"):
+            action()
+        assert not (tmp_path / "out").exists()
 
 
 def test_the_same_dtype_keeps_every_bit(source, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -58,8 +59,9 @@ def published_plan(config: ModelConfig) -> Plan:
     return Plan(FP8 if is_fp8 else torch.bfloat16)
 
 
-def count_precisions(config: ModelConfig, plan: Plan) -> Precisions:
-    """Counts ``config``'s tensors under ``plan``, as they lie on disk: a tensor an expert, a tied head once.
+def count_precisions(config: ModelConfig, plan: Plan, stored: Mapping[str, torch.dtype] | None = None) -> Precisions:
+    """Counts ``config``'s tensors under ``plan``, as they lie on disk: a tensor an expert, a tied head once. ``stored``
+    are the dtypes that a checkpoint has them in (BF16 where it is silent).
 
     Raises UserError where the plan puts what is no matrix in FP8 blocks.
     """
@@ -67,7 +69,7 @@ def count_precisions(config: ModelConfig, plan: Plan) -> Precisions:
         model = Transformer(config)
     out = Precisions()
     for name, tensor in disk_tensors(model):
-        dtype = plan.dtype(name, torch.bfloat16)
+        dtype = plan.dtype(name, (stored or {}).get(name, torch.bfloat16))
         if dtype == FP8 and tensor.dim() != 2:
             raise UserError(f"plan: {name} would be FP8, which needs a matrix; its shape is {list(tensor.shape)}")
         layer = layer_of(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 from collections.abc import Iterator
@@ -15,12 +16,10 @@ PARTIAL = ".partial"
 def replace_folder(target: Path) -> Iterator[Path]:
     """Yields a new folder beside ``target`` to write into; it gets ``target``'s name when the block ends well.
 
-    Killed at any moment, there is either no ``target`` or a whole one; what a kill leaves behind ends in ``.partial``
-    and is removed by the next write. ``target`` must not exist yet.
+    Killed at any moment, there is either no ``target`` or a whole one; what a kill leaves behind ends in ``.partial``.
+    ``target`` must not exist yet, or be an empty folder.
     """
-    partial = target.with_name(target.name + PARTIAL)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    partial = _new_folder(target)
     try:
         yield partial
         for path in partial.rglob("*"):
@@ -32,6 +31,19 @@ def replace_folder(target: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def _new_folder(target: Path) -> Path:
+    """Nobody else's: what is there under such a name may be another process's work, or somebody's files."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for number in itertools.count(1):
+        partial = target.with_name(target.name + (f".{number}" if number > 1 else "") + PARTIAL)
+        try:
+            partial.mkdir()
+        except FileExistsError:
+            continue
+        return partial
+    raise AssertionError
 
 
 def write_text(path: Path, text: str) -> None:

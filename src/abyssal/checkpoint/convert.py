@@ -19,16 +19,16 @@ import torch
 
 from abyssal.checkpoint.atomic import PARTIAL, flush, write_text
 from abyssal.checkpoint.export import Counted, check_space, check_target, dtype_keys, write_json
-from abyssal.checkpoint.load import Progress, match, read_model_config
+from abyssal.checkpoint.load import Progress, read_model_config, wanted_tensors
 from abyssal.checkpoint.precision import FP8, Plan
 from abyssal.checkpoint.recast import Recast
 from abyssal.checkpoint.shards import INDEX, PICKLES, Shards
 from abyssal.checkpoint.writer import Entry, check_shard, write_index, write_shard
 from abyssal.config import read_mapping
 from abyssal.errors import UserError
-from abyssal.model import Transformer
 
 JOURNAL = "convert.json"
+LOCK = ".lock"
 
 
 def convert(
@@ -47,18 +47,22 @@ def convert(
     at most. ``progress`` counts bytes written, ``verifying`` bytes read back. Raises UserError, before anything is
     written, where the source is damaged or incomplete, the disk is too small, or ``target`` exists.
     """
+    target = target.absolute()
+    partial = target.with_name(target.name + PARTIAL)
     check_target(target)
-    if target.resolve() == source.resolve() or source.resolve() in target.resolve().parents:
-        raise UserError(f"{target}: lies in the source; choose a folder outside {source}")
+    if source.resolve() in (partial.resolve(), *target.resolve().parents):
+        raise UserError(f"{target}: lies in the source, or would be written into it; choose a folder outside {source}")
     shards = Shards(source)
     config = read_model_config(source)
-    with torch.device("meta"):
-        match(Transformer(config), shards, allow_missing)
-    recast = Recast(shards, Plan(to), power_of_two=power_of_two)
+    wanted = wanted_tensors(config, shards, allow_missing)
+    were_powers = config.scales_are_powers_of_two
+    keep = were_powers or not power_of_two
+    recast = Recast(shards, wanted, Plan(to), power_of_two=power_of_two or were_powers, keep_blocks=keep)
+    if power_of_two and to != FP8:
+        raise UserError("scales that are powers of two: nothing is written in FP8 blocks; expected fp8 for the dtype")
     files = {file: [e for name in recast.names(file) for e in recast.group(name)] for file in shards.files}
     files = {file: entries for file, entries in files.items() if entries}
     total = sum(entry.nbytes for entries in files.values() for entry in entries)
-    partial = target.with_name(target.name + PARTIAL)
     with _Journal(partial, {"source": shards.fingerprint(), "to": str(to), "power_of_two": power_of_two}) as journal:
         done = sum(entry.nbytes for file in journal.done for entry in files[file])
         check_space(target, total - done)
@@ -69,17 +73,19 @@ def convert(
                 journal.add(file, write_shard(partial / file, entries, counted(recast.tensors(entries))))
         checked = Counted(total, verifying)
         for file, entries in files.items():
-            for nbytes in check_shard(partial / file, entries, journal.done[file]):
-                checked.add(nbytes)
-        _write_small_files(source, partial, files, power_of_two or (to == FP8 and config.scales_are_powers_of_two))
+            try:
+                for nbytes in check_shard(partial / file, entries, journal.done[file]):
+                    checked.add(nbytes)
+            except UserError as error:
+                journal.drop(file)
+                raise UserError(f"{error}; run the same command again, it writes that file anew") from None
+        _write_small_files(source, partial, files, recast.power_of_two)
         written = Shards(partial)
         if written.tensors.keys() != {entry.name for entries in files.values() for entry in entries}:
             raise UserError(f"{partial}: the tensors read back are not those written")
-    journal.remove()
-    if target.is_dir():
-        target.rmdir()  # empty: check_target
-    os.rename(partial, target)
+    os.rename(partial, target)  # in the place of an empty folder, too
     flush(target.parent)
+    journal.remove(target)
     return total
 
 
@@ -93,22 +99,25 @@ class _Journal:
 
     def __enter__(self) -> _Journal:
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.folder / ".lock").open("w")
+        self._lock = (self.folder / LOCK).open("w")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             self._lock.close()
             raise UserError(f"{self.folder}: another process is converting there") from None
         path = self.folder / JOURNAL
-        data = read_mapping(path) if path.is_file() else {}
+        others = [found for found in self.folder.iterdir() if found.name != LOCK]
+        if others and not path.is_file():
+            self._lock.close()
+            (self.folder / LOCK).unlink()
+            raise UserError(f"{self.folder}: exists and is no interrupted conversion; move it away")
+        data = read_mapping(path) if others else {}
         if data.get("what") == self.what:
             self.done = {file: digests for file, digests in data["done"].items() if (self.folder / file).is_file()}
             return self
-        for leftover in self.folder.iterdir():  # of another source or another dtype
-            if leftover.is_dir():
-                shutil.rmtree(leftover)
-            elif leftover.name != ".lock":
-                leftover.unlink()
+        for leftover in others:  # of another source or another dtype
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        self._write()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -116,11 +125,18 @@ class _Journal:
 
     def add(self, file: str, digests: dict[str, str]) -> None:
         self.done[file] = digests
+        self._write()
+
+    def drop(self, file: str) -> None:
+        del self.done[file]
+        self._write()
+
+    def _write(self) -> None:
         write_text(self.folder / JOURNAL, json.dumps({"what": self.what, "done": self.done}) + "\n")
 
-    def remove(self) -> None:
-        (self.folder / JOURNAL).unlink()
-        (self.folder / ".lock").unlink()
+    def remove(self, folder: Path) -> None:
+        (folder / JOURNAL).unlink()
+        (folder / LOCK).unlink()
 
 
 def _write_small_files(source: Path, target: Path, files: dict[str, list[Entry]], power_of_two: bool) -> None:

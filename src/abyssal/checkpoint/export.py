@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from abyssal.checkpoint.atomic import replace_folder
 from abyssal.checkpoint.load import Progress
-from abyssal.checkpoint.names import disk_tensors, repeated_names
+from abyssal.checkpoint.names import SCALE, disk_tensors, repeated_names
 from abyssal.checkpoint.precision import FP8, Plan
 from abyssal.checkpoint.recast import Recast, Source
 from abyssal.checkpoint.shards import Stored
@@ -36,6 +36,8 @@ class InMemory:
             if isinstance(layer, nn.Identity):
                 raise UserError(f"layer {i} was not loaded; expected the whole model")
         self._tensors = dict(disk_tensors(model))
+        quantized = {name for name, tensor in self._tensors.items() if tensor.dtype == FP8}
+        self.wanted = self._tensors.keys() - {name + SCALE for name in quantized}
         self.files = [""]
 
     def names(self, file: str) -> list[str]:
@@ -63,6 +65,7 @@ class InMemory:
 
 def write_model(
     source: Source,
+    wanted: Collection[str],
     config: ModelConfig,
     folder: Path,
     *,
@@ -70,13 +73,13 @@ def write_model(
     shard_size: int = SHARD_SIZE,
     power_of_two: bool = False,
     repeat_shared: bool = True,
-    generation_config: dict[str, Any] | None = None,
+    generation_config: dict[str, Any],
     write_others: Callable[[Path], None] | None = None,
     force: bool = False,
     progress: Progress | None = None,
 ) -> None:
-    """Writes ``source`` as a published checkpoint into ``folder``, which must not exist: config.json,
-    generation_config.json, one tensor an expert, shards of at most ``shard_size`` bytes and their index.
+    """Writes the tensors ``wanted`` of ``source`` as a published checkpoint into ``folder``, which must not exist:
+    config.json, generation_config.json, one tensor an expert, shards of at most ``shard_size`` bytes and their index.
 
     ``dtype`` None keeps what is stored, FP8 writes blocks of 128 × 128 (with scales that are powers of two on request).
     ``repeat_shared`` repeats embedding and head under the MTP modules, where serving engines look for them.
@@ -86,19 +89,29 @@ def write_model(
     data = for_export(config, force=force)
     check_target(folder)
     copies = repeated_names(config) if repeat_shared else {}
-    copies = {name: original for name, original in copies.items() if name not in source}
-    recast = Recast(source, Plan(dtype), power_of_two=power_of_two, copies=copies)
+    copies = {name: original for name, original in copies.items() if name not in source and name != "lm_head.weight"}
+    were_powers = config.scales_are_powers_of_two
+    recast = Recast(
+        source,
+        wanted,
+        Plan(dtype),
+        power_of_two=power_of_two or were_powers,
+        keep_blocks=were_powers or not power_of_two,
+        copies=copies,
+    )
     names = [name for file in source.files for name in recast.names(file)]
     shards = split([recast.group(name) for name in (*names, *copies)], shard_size)
     entries = [entry for shard in shards for entry in shard]
     total = sum(entry.nbytes for entry in entries)
+    dtypes = {entry.dtype for entry in entries}
+    if power_of_two and FP8 not in dtypes:
+        raise UserError("scales that are powers of two: nothing is written in FP8 blocks; expected fp8 for the dtype")
     check_space(folder, total)
-    data |= dtype_keys({entry.dtype for entry in entries}, power_of_two=power_of_two or config.scales_are_powers_of_two)
+    data |= dtype_keys(dtypes, power_of_two=recast.power_of_two)
     counted = Counted(total, progress)
     with replace_folder(folder) as partial:
         write_json(partial / "config.json", data)
-        ids = {key: data[key] for key in ("bos_token_id", "eos_token_id") if data.get(key) is not None}
-        write_json(partial / "generation_config.json", generation_config or {"_from_model_config": True, **ids})
+        write_json(partial / "generation_config.json", generation_config)
         if write_others is not None:
             write_others(partial)
         files: dict[str, Sequence[Entry]] = dict(zip(file_names(len(shards)), shards, strict=True))
@@ -141,11 +154,14 @@ def dtype_keys(dtypes: set[torch.dtype], *, power_of_two: bool) -> dict[str, Any
 
 
 def check_target(folder: Path) -> None:
-    """Raises UserError where ``folder`` is taken (an empty folder is not) or its parent is not writable."""
-    if folder.is_dir() and not any(folder.iterdir()):
-        return
-    if os.path.lexists(folder):
+    """Raises UserError where ``folder`` is taken (an empty folder is not), or cannot be made."""
+    if os.path.lexists(folder) and (folder.is_symlink() or not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: exists; choose a new folder, nothing is overwritten")
+    if folder.resolve() == Path.cwd():
+        raise UserError(f"{folder}: the folder you are in; choose a new one")
+    parent = next(p for p in folder.absolute().parents if os.path.lexists(p))
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise UserError(f"{folder}: cannot be made, {parent} is not a folder that you can write to")
 
 
 def check_space(folder: Path, needed: int) -> None:

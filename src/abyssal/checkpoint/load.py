@@ -38,7 +38,7 @@ class Match:
     quantized: set[str]
     """Those of them that are stored in FP8 blocks."""
     copies: dict[str, str]
-    """What the checkpoint repeats under MTP modules, and of which tensor it is a copy."""
+    """What the checkpoint repeats (under MTP modules; a tied head), and of which tensor it is a copy."""
     absent: list[str]
     """Missing from the checkpoint, and allowed to be."""
 
@@ -64,11 +64,15 @@ def load_model(
 
     Raises UserError, before any weight is read, where a file is missing or damaged or tensors and config.json disagree.
     """
+    if weights not in ("dense", "fp8"):
+        raise UserError(f"weights: {weights!r} is not one of 'dense', 'fp8'")
+    if dtype is not None and not (dtype.is_floating_point and dtype.itemsize > 1):
+        raise UserError(f"dtype: {dtype} is not one of torch.bfloat16, float16, float32, float64")
+    if not isinstance(threads, int) or threads < 1:
+        raise UserError(f"threads: {threads!r} is not a number from 1")
     config = read_model_config(folder)
     kept = kept_layers(layers, config)
     shards = Shards(folder, kept)
-    if weights not in ("dense", "fp8"):
-        raise UserError(f"weights: {weights!r} is not one of 'dense', 'fp8'")
     with torch.device("meta"):
         model = Transformer(config)
     keep_layers(model, kept)
@@ -80,8 +84,10 @@ def load_model(
                 "abyssal convert SRC DST --to fp8"
             )
         whole = {stacked_name(name) for name in found.quantized}
-        whole -= {stacked_name(name) for name in found.names if name not in found.quantized}
+        whole -= {stacked_name(name) for name in (*found.names, *found.absent) if name not in found.quantized}
+        whole.discard("lm_head.weight")  # as published; its dtype is the model's
         use_fp8(model, whole, power_of_two=config.scales_are_powers_of_two)
+        model.requires_grad_(False)  # no gradient passes through FP8
     model.to(dtype or _dtype_of(shards))
     model.to_empty(device=device or "cpu")
     if config.tie_word_embeddings:
@@ -128,12 +134,10 @@ def match(model: Transformer, shards: Shards, allow_missing: Sequence[str] = ())
     targets = dict(disk_tensors(model))
     quantized = {name for name, stored in shards.tensors.items() if stored.dtype == torch.float8_e4m3fn}
     left = {name for name in shards.tensors if not is_derived(name)}
-    if config.tie_word_embeddings:
-        left.discard("lm_head.weight")
     copies = {
         name: original
         for name, original in repeated_names(config).items()
-        if name in left and not _allowed([name], allow_missing)
+        if name in left and original in shards and not _allowed([name], allow_missing)
     }
     left -= copies.keys()
     missing, wrong = [], []
@@ -154,7 +158,9 @@ def match(model: Transformer, shards: Shards, allow_missing: Sequence[str] = ())
             wrong.append(f"{name}: F8_E8M0, which is for scales")
     for name in sorted(left):
         weight = name.removesuffix(SCALE)
-        if weight != name and weight in shards:
+        if weight in quantized:
+            left.discard(name)  # it goes where its weight goes
+        elif weight != name and weight in shards:
             wrong.append(f"{name}: a scale, but its weight is {shards[weight].dtype} and not FP8")
             left.discard(name)
     absent = _allowed(missing, allow_missing)
@@ -171,6 +177,16 @@ def match(model: Transformer, shards: Shards, allow_missing: Sequence[str] = ())
         warnings.warn(f"{shards.source}: {'; '.join(told)}", stacklevel=3)
     names = [name for name in targets if name in shards and not name.endswith(SCALE)]
     return Match(names, quantized & targets.keys(), copies, absent)
+
+
+def wanted_tensors(config: ModelConfig, shards: Shards, allow_missing: Sequence[str] = ()) -> set[str]:
+    """The tensors of a checkpoint that is to be written anew: all that the model has, and copies; not what
+    ``allow_missing`` leaves out. Raises UserError as :func:`match` does, and for what is missing, allowed or not."""
+    with torch.device("meta"):
+        found = match(Transformer(config), shards, allow_missing)
+    if found.absent:
+        raise UserError(f"{shards.source}: tensors missing: {_listed(found.absent)}; no copy can be made without")
+    return {*found.names, *found.copies}
 
 
 @torch.no_grad()
@@ -201,16 +217,17 @@ def fill(
         return shards[name].nbytes
 
     wanted = {*found.names, *found.copies}
-    with ThreadPoolExecutor(threads) as pool:
-        in_order = (name for file in shards.files for name in shards.names(file) if name in wanted)
-        for file, names in shards.batches(in_order):
-            with shards.open(file) as opened:
-                for nbytes in pool.map(lambda name, opened=opened: read(opened, name), names):
-                    done += nbytes
-                    if progress is not None:
-                        progress(done, total)
+    in_order = (name for file in shards.files for name in shards.names(file) if name in wanted)
+    for file, names in shards.batches(in_order):
+        # The pool within: after an error, no thread may still be reading when the file is closed.
+        with shards.open(file) as opened, ThreadPoolExecutor(threads) as pool:
+            for nbytes in pool.map(lambda name, opened=opened: read(opened, name), names):
+                done += nbytes
+                if progress is not None:
+                    progress(done, total)
+    generator = torch.Generator(model.lm_head.weight.device).manual_seed(0)
     for name in found.absent:
-        _draw(targets[name], name, model.config)
+        _draw(targets[name], name, model.config, generator)
 
 
 def keep_layers(model: Transformer, kept: set[int] | None) -> None:
@@ -256,13 +273,13 @@ def _check_copy(copy: Tensor, name: str, original: str, shards: Shards) -> None:
         )
 
 
-def _draw(target: Tensor, name: str, config: ModelConfig) -> None:
+def _draw(target: Tensor, name: str, config: ModelConfig, generator: torch.Generator) -> None:
     if name.endswith("norm.weight"):
         target.fill_(1.0)
     elif name.endswith((".bias", BIAS)):
         target.zero_()
     else:
-        target.normal_(0.0, config.initializer_range)
+        target.normal_(0.0, config.initializer_range, generator=generator)
 
 
 def _allowed(names: Iterable[str], patterns: Sequence[str]) -> list[str]:

@@ -56,9 +56,10 @@ def layer_of(name: str) -> int | None:
 
 
 def repeated_names(config: ModelConfig) -> dict[str, str]:
-    """What published checkpoints repeat under each MTP module, its embedding and its head, and of what it is a copy."""
+    """Names that a checkpoint may repeat another tensor under, and which: each MTP module's embedding and head, as
+    published, and a tied head."""
     head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
-    out = {}
+    out = {"lm_head.weight": head} if config.tie_word_embeddings else {}
     for k in range(config.mtp.num_nextn_predict_layers):
         prefix = f"model.layers.{config.num_hidden_layers + k}"
         out[f"{prefix}.embed_tokens.weight"] = "model.embed_tokens.weight"
@@ -72,6 +73,6 @@ def is_derived(name: str) -> bool:
 
 
 def _state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and persistent buffers without gradient history, each once."""
+    """Parameters without gradient history and buffers (all of ours belong into checkpoints), each once."""
     yield from ((name, parameter.detach()) for name, parameter in model.named_parameters())
     yield from model.named_buffers()

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from abyssal.checkpoint.names import SCALE, is_derived
+from abyssal.checkpoint.names import SCALE
 from abyssal.checkpoint.precision import FP8, Plan
 from abyssal.checkpoint.shards import Stored
 from abyssal.checkpoint.writer import Entry
@@ -31,21 +31,32 @@ class Source(Protocol):
 
 
 class Recast:
-    """``source`` as it will be after ``plan``. Names stay; scales come and go with FP8. ``copies`` are names that do
-    not exist yet and the tensors they repeat."""
+    """The tensors ``wanted`` of ``source`` as they will be after ``plan``; scales come and go with FP8.
+
+    ``power_of_two`` is how new scales are made, ``keep_blocks`` whether what is in FP8 already stays as it is.
+    ``copies`` are names that do not exist yet and the tensors they repeat.
+    """
 
     def __init__(
-        self, source: Source, plan: Plan, *, power_of_two: bool = False, copies: dict[str, str] | None = None
+        self,
+        source: Source,
+        wanted: Collection[str],
+        plan: Plan,
+        *,
+        power_of_two: bool = False,
+        keep_blocks: bool = True,
+        copies: dict[str, str] | None = None,
     ) -> None:
         self.source = source
+        self.wanted = wanted
         self.plan = plan
         self.power_of_two = power_of_two
+        self.keep_blocks = keep_blocks
         self.copies = copies or {}
 
     def names(self, file: str) -> list[str]:
-        """What of ``file`` is written under its own name: all but scales (they go with their weights) and tables that
-        every code computes."""
-        return [name for name in self.source.names(file) if not (self._goes_along(name) or is_derived(name))]
+        """What of ``file`` is written; scales are not listed."""
+        return [name for name in self.source.names(file) if name in self.wanted]
 
     def group(self, name: str) -> list[Entry]:
         """What the tensor ``name`` becomes: one entry, and one more for its scales where it will be FP8."""
@@ -56,7 +67,7 @@ class Recast:
             return [entry]
         if len(stored.shape) != 2:
             raise UserError(f"{name}: shape {list(stored.shape)}; FP8 blocks need a matrix")
-        kept = stored.dtype == FP8 and not self.power_of_two
+        kept = stored.dtype == FP8 and self.keep_blocks
         scale_dtype = self.source[original + SCALE].dtype if kept else torch.float32
         return [entry, Entry(name + SCALE, scale_dtype, fp8.scale_shape(stored.shape))]
 
@@ -65,7 +76,7 @@ class Recast:
 
         Raises UserError for numbers that are not finite where they would be quantised.
         """
-        own = [entry.name for entry in entries if entry.name in self.source and not self._goes_along(entry.name)]
+        own = [entry.name for entry in entries if entry.name in self.wanted]
         for file, names in self.source.batches(own):
             with self.source.open(file) as opened:
                 for name in names:
@@ -81,17 +92,20 @@ class Recast:
         if tensor.dtype == FP8:
             together = self.source[original + SCALE].file == self.source[original].file
             scale = (opened.get_tensor if together else self.source.read)(original + SCALE)
-            if target == FP8 and self.power_of_two:  # the scales there are may not be (and if so, no number changes)
-                yield from self._quantized(name, original, fp8.dequantize(tensor, scale, torch.float32))
-            elif target == FP8:
+            if target != FP8:
+                yield name, fp8.dequantize(tensor, scale, target)
+            elif self.keep_blocks:
                 yield name, tensor
                 yield name + SCALE, scale
             else:
-                yield name, fp8.dequantize(tensor, scale, target)
+                yield from self._quantized(name, original, fp8.dequantize(tensor, scale, torch.float32))
         elif target == FP8:
             yield from self._quantized(name, original, tensor)
         else:
-            yield name, tensor.to(target)
+            cast = tensor.to(target)
+            if target == torch.float16 and not cast.isfinite().all() and tensor.isfinite().all():
+                raise UserError(f"{original}: holds {tensor.abs().max().item():.3g}, too large for float16")
+            yield name, cast
 
     def _quantized(self, name: str, original: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
         stored, scale = fp8.quantize(tensor, power_of_two=self.power_of_two)
@@ -99,8 +113,3 @@ class Recast:
             raise UserError(f"{original}: holds NaN or infinite numbers, which FP8 blocks cannot")
         yield name, stored
         yield name + SCALE, scale
-
-    def _goes_along(self, name: str) -> bool:
-        """Whether ``name`` is the scale of an FP8 weight, which is written with it."""
-        weight = name.removesuffix(SCALE)
-        return weight != name and weight in self.source

@@ -86,7 +86,7 @@ class Shards:
         return sum(stored.nbytes for stored in self.tensors.values())
 
     def names(self, file: str) -> list[str]:
-        """The tensors in ``file`` that are looked at, in the order of their names."""
+        """The tensors in ``file`` that are looked at, in the order of its header."""
         return self._files[file]
 
     def __contains__(self, name: str) -> bool:
@@ -104,11 +104,16 @@ class Shards:
     def open(self, file: str) -> Iterator[Any]:
         """``file`` opened by safetensors: ``get_tensor(name)`` gives a view of mapped memory, valid as long as it is
         held. Let go of them before the next file is opened, and no more than one shard is ever in memory."""
+        path = self.folder / file
         try:
-            with safe_open(self.folder / file, framework="pt") as opened:
-                yield opened
+            opened = safe_open(path, framework="pt")
         except (SafetensorError, OSError) as error:
-            raise _unreadable(self.folder / file, error) from None
+            raise _unreadable(path, error) from None
+        with opened:
+            try:
+                yield opened
+            except SafetensorError as error:
+                raise _unreadable(path, error) from None
 
     def batches(self, names: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
         """``names`` by file, some at a time: open the file anew for each, and the pages of the last are given back.

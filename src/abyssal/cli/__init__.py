@@ -85,9 +85,14 @@ def _arguments(arguments: list[str]) -> list[str]:
 
 
 def _fail(message: str) -> int:
-    print(f"abyssal: error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"abyssal: error: {_one_line(message)}", file=sys.stderr)
     return 2
 
 
+def _one_line(message: str) -> str:
+    """``message`` in a line that a terminal shows as it is: a file's or tensor's name may hold control characters."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(message.split()))
+
+
 def _show_warning(message: Any, *_: Any, **__: Any) -> None:
-    print(f"abyssal: warning: {message}", file=sys.stderr)
+    print(f"abyssal: warning: {_one_line(str(message))}", file=sys.stderr)

@@ -29,13 +29,13 @@ def export_command(
     from abyssal.checkpoint.load import read_model_config
     from abyssal.checkpoint.shards import Shards
     from abyssal.checkpoint.writer import parse_size
-    from abyssal.cli.loaded import byte_bar, parse_dtype
-    from abyssal.cli.show import console, size
+    from abyssal.cli.loaded import byte_bars, parse_dtype
+    from abyssal.cli.show import say, size
     from abyssal.exporting import export
 
     most = parse_size(shard_size, "--shard-size")
     chosen = parse_dtype(dtype, "--dtype", fp8=True)
-    with byte_bar("writing") as progress:
+    with byte_bars("writing") as (progress,):
         export(
             source,
             folder,
@@ -49,14 +49,14 @@ def export_command(
     written = Shards(folder)
     model_type = read_model_config(folder).published["model_type"]
     count = f"{len(written.files)} file{'s' if len(written.files) > 1 else ''}"
-    console.print(f"{folder}: {model_type}, {len(written.tensors):,} tensors, {size(written.nbytes)} in {count}")
+    say(f"{folder}: {model_type}, {len(written.tensors):,} tensors, {size(written.nbytes)} in {count}")
     if model_type == "deepseek":
-        console.print(
+        say(
             "transformers has no code of its own for model_type deepseek (DeepSeekMoE-16B): there it needs DeepSeek's "
             "remote code; vLLM and abyssal read it as it is"
         )
     else:
-        console.print(f"read it with: transformers.AutoModelForCausalLM.from_pretrained({str(folder)!r})")
+        say(f"read it with: transformers.AutoModelForCausalLM.from_pretrained({str(folder)!r})")
 
 
 def convert_command(
@@ -69,13 +69,13 @@ def convert_command(
     """Write a checkpoint in another dtype, one shard in memory at a time; interrupted, the same command goes on."""
     from abyssal.checkpoint.precision import precision
     from abyssal.checkpoint.shards import Shards
-    from abyssal.cli.loaded import byte_bar
-    from abyssal.cli.show import console, size
+    from abyssal.cli.loaded import byte_bars
+    from abyssal.cli.show import say, size
     from abyssal.exporting import convert
 
     dtype = precision(to, "--to")
     power_of_two = _power_of_two(scales)
-    with byte_bar("writing") as progress, byte_bar("reading back") as verifying:
+    with byte_bars("writing", "reading back") as (progress, verifying):
         convert(
             source,
             target,
@@ -87,7 +87,7 @@ def convert_command(
         )
     written = Shards(target)
     count = f"{len(written.files)} file{'s' if len(written.files) > 1 else ''}"
-    console.print(f"{target}: {len(written.tensors):,} tensors, {size(written.nbytes)} in {count}, read back and equal")
+    say(f"{target}: {len(written.tensors):,} tensors, {size(written.nbytes)} in {count}, read back and equal")
 
 
 def _power_of_two(scales: str) -> bool:

@@ -9,6 +9,8 @@ import typer
 from rich.markup import escape
 
 if TYPE_CHECKING:
+    import torch
+
     from abyssal.config import ModelConfig
 
 
@@ -55,7 +57,7 @@ def inspect_command(
         print(json.dumps(data, indent=2))
         return
     moe = config.moe
-    console.print(f"[bold]{model}[/bold]: {_describe_attention(config)}")
+    console.print(f"[bold]{escape(model)}[/bold]: {_describe_attention(config)}")
     if moe:
         layers = [i for i in range(config.num_hidden_layers) if config.is_moe_layer(i)]
         groups = (
@@ -87,12 +89,16 @@ def inspect_command(
 def _show_precision(model: str, config: ModelConfig, entries: list[str], as_json: bool) -> None:
     import json
 
+    import torch
+
     from abyssal.analysis.precision import count_precisions, published_plan
     from abyssal.checkpoint.precision import PRECISIONS, parse_plan
     from abyssal.cli.show import console, show_table, size, table
 
-    names = {dtype: name for name, dtype in PRECISIONS.items()}
-    counts = count_precisions(config, parse_plan(entries, published_plan(config).base))
+    names = {dtype: name for name, dtype in PRECISIONS.items()} | {torch.float64: "fp64"}
+    stored = None if entries else _stored(model)
+    base = published_plan(config).base if stored is None else None
+    counts = count_precisions(config, parse_plan(entries, base), stored)
     total = counts.parameters
     shares = sorted(counts.by_dtype.items(), key=lambda item: item[0].itemsize)
     if as_json:
@@ -106,8 +112,8 @@ def _show_precision(model: str, config: ModelConfig, entries: list[str], as_json
         }
         print(json.dumps(data, indent=2).replace('"nbytes"', '"bytes"'))
         return
-    plan = " ".join(entries) if entries else "as published"
-    console.print(f"[bold]{model}[/bold], {escape(plan)}")
+    plan = " ".join(entries) if entries else ("as published" if stored is None else "as stored")
+    console.print(f"[bold]{escape(model)}[/bold], {escape(plan)}")
     out = table("\nprecision", "\ntensors", "\nparameters", "\nshare", "\nbytes")
     for dtype, share in shares:
         out.add_row(names[dtype], *_columns(share.tensors, share.parameters, total, share.nbytes))
@@ -125,6 +131,17 @@ def _show_precision(model: str, config: ModelConfig, entries: list[str], as_json
     for part, row in counts.by_part.items():
         out.add_row(part, *(f"{row[dtype]:,}" if dtype in row else "–" for dtype in dtypes))
     show_table(out)
+
+
+def _stored(model: str) -> dict[str, torch.dtype] | None:
+    """The dtypes of the tensors in a folder or run; None for what has no weights on this disk."""
+    from abyssal.checkpoint.shards import INDEX, WEIGHTS, Shards
+    from abyssal.loading import find
+
+    folder = find(model) if Path(model).is_dir() else None
+    if folder is None or not any((folder / name).is_file() for name in (INDEX, WEIGHTS)):
+        return None
+    return {name: stored.dtype for name, stored in Shards(folder).tensors.items()}
 
 
 def _columns(tensors: int, parameters: int, total: int | None, nbytes: int) -> tuple[str, ...]:

@@ -30,24 +30,28 @@ def load_model(
     model: str, *, dtype: str, weights: str, device: str, allow_missing: Sequence[str] | None
 ) -> tuple[Transformer, Tokenizer]:
     """Loads ``model`` with a bar in bytes on stderr. Raises UserError where there is no tokenizer."""
+    from abyssal.checkpoint.load import load_model as load
     from abyssal.errors import UserError
-    from abyssal.loading import load
+    from abyssal.loading import find, find_tokenizer
     from abyssal.training.hardware import resolve_device
 
     if weights not in ("dense", "fp8"):
         raise UserError(f"--weights: {weights!r} is not one of dense, fp8")
-    where = resolve_device(device, "--device")
-    with byte_bar("loading") as progress:
-        network, tokenizer = load(
-            model,
-            dtype=parse_dtype(dtype, "--dtype"),
+    where, chosen = resolve_device(device, "--device"), parse_dtype(dtype, "--dtype")
+    folder = find(model)
+    tokenizer = find_tokenizer(folder)
+    if tokenizer is None and (folder / "config.json").is_file():
+        raise UserError(f"{model}: no tokenizer.json or tiktoken.model in this folder; text needs one")
+    with byte_bars("loading") as (progress,):
+        network = load(
+            folder,
+            dtype=chosen,
             device=where,
             weights="fp8" if weights == "fp8" else "dense",
             allow_missing=allow_missing or (),
             progress=progress,
         )
-    if tokenizer is None:
-        raise UserError(f"{model}: no tokenizer.json or tiktoken.model in this folder; text needs one")
+    assert tokenizer is not None  # without a config.json nothing was loaded
     return network, tokenizer
 
 
@@ -63,16 +67,27 @@ def parse_dtype(name: str, field: str, *, fp8: bool = False) -> torch.dtype | No
 
 
 @contextmanager
-def byte_bar(what: str) -> Iterator[Callable[[int, int], None] | None]:
-    """A progress bar in bytes on stderr while the block runs; nothing where stderr is no terminal."""
+def byte_bars(*labels: str) -> Iterator[list[Callable[[int, int], None] | None]]:
+    """Progress bars in bytes on stderr while the block runs, each shown from its first news on; None for each where
+    stderr is no terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield None
+        yield [None] * len(labels)
         return
-    columns = TextColumn(what), BarColumn(bar_width=24), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as bars:
+
+        def news(label: str) -> Callable[[int, int], None]:
+            task = bars.add_task(label, total=None, visible=False)
+            return lambda done, total: bars.update(task, completed=done, total=total, visible=True)
+
+        yield [news(label) for label in labels]

@@ -9,6 +9,11 @@ from rich.table import Table
 console = Console(highlight=False, soft_wrap=True)
 
 
+def say(text: str) -> None:
+    """Prints ``text`` as it is: a name in it is no markup."""
+    console.print(text, markup=False)
+
+
 def table(*columns: str, title: str | None = None) -> Table:
     """A plain table: the first column to the left, numbers to the right."""
     out = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")

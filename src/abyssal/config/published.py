@@ -33,6 +33,14 @@ _ARCHITECTURE = {
     "deepseek_v3": "DeepseekV3ForCausalLM",
     "kimi_k2": "DeepseekV3ForCausalLM",
 }
+_V1_CODE = {
+    auto: f"deepseek-ai/deepseek-moe-16b-base--{name}"
+    for auto, name in (
+        ("AutoConfig", "configuration_deepseek.DeepseekConfig"),
+        ("AutoModel", "modeling_deepseek.DeepseekModel"),
+        ("AutoModelForCausalLM", "modeling_deepseek.DeepseekForCausalLM"),
+    )
+}
 
 
 class _Source(dict[str, Any]):
@@ -289,10 +297,13 @@ def for_export(config: ModelConfig, *, force: bool = False) -> dict[str, Any]:
     reason = _computed_differently(config, model_type)
     if reason is not None and not force:
         raise UserError(f"not exported as {model_type}: {reason} (--force writes it all the same)")
-    if model_type != "deepseek":  # whose code is not in transformers
+    out["architectures"] = [_ARCHITECTURE[model_type]]
+    if model_type == "deepseek":  # its code is not in transformers: where DeepSeek published it
+        out["auto_map"] = _V1_CODE
+    else:
         out.pop("auto_map", None)
-        out["architectures"] = [_ARCHITECTURE[model_type]]
-    for key in ("quantization_config", "dtype", "torch_dtype"):  # they describe the file that this config came from
+    # They describe the file that this config came from, or what transformers works out itself.
+    for key in ("quantization_config", "dtype", "torch_dtype", "head_dim", "qk_head_dim"):
         out.pop(key, None)
     return out
 
@@ -319,6 +330,8 @@ def _computed_differently(config: ModelConfig, model_type: str) -> str | None:
         return None
     if model_type == "deepseek_v2" and moe.norm_topk_prob:
         return "norm_topk_prob true: transformers' V2 router ignores it, its logits would be wrong"
+    if model_type == "deepseek_v3" and moe.n_routed_experts < 2:
+        return "n_routed_experts 1: transformers' V3 router wants two at least"
     if moe.moe_layer_freq != 1:
         return f"moe_layer_freq {moe.moe_layer_freq}: transformers ignores it and gives every layer experts"
     return None

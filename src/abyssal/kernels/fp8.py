@@ -33,7 +33,7 @@ def dequantize(weight: Tensor, scale: Tensor, dtype: torch.dtype = torch.bfloat1
     """``weight`` [..., O, I] E4M3 times ``scale`` [..., ⌈O/128⌉, ⌈I/128⌉] (FP32 or E8M0), as an FP32 product, which is
     then rounded to ``dtype``.
 
-    Written to ``out`` where one is given (its dtype counts then). Needs working memory for some rows only.
+    Written to ``out`` where one is given (its dtype counts then). On a CPU it needs working memory for some rows only.
     """
     out = torch.empty(weight.shape, dtype=dtype, device=weight.device) if out is None else out
     if weight.dim() > 2:
@@ -132,6 +132,8 @@ def has_blockwise_matmul(device: torch.device) -> bool:
     weight, scale = quantize(torch.randn(2 * BLOCK, 2 * BLOCK, device=device, generator=generator))
     try:
         got = _blockwise_matmul(x, weight, scale, power_of_two=False)
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, NotImplementedError, ValueError, TypeError):
         return False
     expected = linear_reference(x, weight, scale)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from abyssal.errors import UserError
 from abyssal.kernels import fp8
 from abyssal.kernels.grouped import Plan
 from abyssal.model.layers import KeepsDtype
@@ -30,6 +31,7 @@ class FP8Linear(KeepsDtype):
         self.bias = bias
 
     def forward(self, x: Tensor) -> Tensor:
+        _refuse_gradients(x)
         rows = x.reshape(-1, x.shape[-1])
         out = fp8.linear(rows, self.weight, self.weight_scale_inv, power_of_two=self.power_of_two)
         out = out.view(*x.shape[:-1], self.weight.shape[0])
@@ -65,10 +67,16 @@ class FP8Experts(Experts, KeepsDtype):
         return self._product(rows, self.down_proj, self.down_scale_inv, where)
 
     def _product(self, rows: Tensor, weight: Tensor, scale: Tensor, where: Plan) -> Tensor:
+        _refuse_gradients(rows)
         out = rows.new_zeros(rows.shape[0], weight.shape[1])
         for expert, start, end in where.slices():
             out[start:end] = fp8.linear(rows[start:end], weight[expert], scale[expert], power_of_two=self.power_of_two)
         return out
+
+
+def _refuse_gradients(x: Tensor) -> None:
+    if x.requires_grad and torch.is_grad_enabled():
+        raise UserError("weights in FP8 pass no gradient on; load with weights='dense' to train")
 
 
 def dense_weight(linear: nn.Module, dtype: torch.dtype) -> Tensor:

@@ -250,6 +250,33 @@ class TestTensors:
         with pytest.warns(UserWarning, match=r"left out: model\.layers\.2\.embed_tokens\.weight"):
             load_model(folder, allow_missing=[name])
 
+    def test_a_tied_head_that_is_another(self, tmp_path):
+        model = Transformer(resolve_model({**MODEL, "tie_word_embeddings": True, "mtp": {}}))
+        abyssal.export(model, tmp_path / "m")
+        tensors = load_file(tmp_path / "m" / "model.safetensors")
+        head = tensors["model.embed_tokens.weight"].clone()
+        save_file({**tensors, "lm_head.weight": head}, tmp_path / "m" / "model.safetensors", metadata={"format": "pt"})
+        load_model(tmp_path / "m")
+        abyssal.export(tmp_path / "m", tmp_path / "kept")
+        assert "lm_head.weight" in Shards(tmp_path / "kept")
+        save_file({**tensors, "lm_head.weight": head + 1}, tmp_path / "m" / "model.safetensors")
+        with pytest.raises(UserError, match=r"lm_head\.weight differs from model\.embed_tokens\.weight"):
+            load_model(tmp_path / "m")
+
+    def test_rotary_tables_of_old_files(self, folder, tmp_path):
+        """Every code computes them from the config; some published files hold them all the same."""
+        name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+        change_tensors(folder, NAME, lambda tensors: tensors.update({name: torch.zeros(4)}))
+        change_index(folder, lambda weight_map: weight_map.update({name: weight_map[NAME]}))
+        load_model(folder)
+        abyssal.export(folder, tmp_path / "out")
+        assert name not in Shards(tmp_path / "out")
+
+    @pytest.mark.parametrize("options", [{"dtype": torch.int8}, {"dtype": torch.float8_e4m3fn}, {"threads": 0}])
+    def test_impossible_options(self, folder, options):
+        with pytest.raises(UserError, match=next(iter(options))):
+            load_model(folder, **options)
+
 
 class TestAllowed:
     def test_missing_and_unexpected(self, folder):
@@ -265,6 +292,48 @@ class TestAllowed:
         drawn = model.model.layers[1].mlp.experts.gate_up_proj[2, 16:]
         assert drawn.isfinite().all()
         assert 0 < drawn.std() < 0.1
+
+    def test_what_is_left_out_is_not_written_either(self, folder, tmp_path):
+        change_tensors(folder, NAME, lambda tensors: tensors.update({"model.extra": torch.zeros(3)}))
+        change_index(folder, lambda weight_map: weight_map.update({"model.extra": weight_map[NAME]}))
+        with pytest.warns(UserWarning, match=r"left out: model\.extra"):
+            abyssal.export(folder, tmp_path / "out", allow_missing=["model.extra"])
+        with pytest.warns(UserWarning, match=r"left out: model\.extra"):
+            convert(folder, tmp_path / "fp8", torch.float8_e4m3fn, allow_missing=["model.extra"])
+        for name in ("out", "fp8"):
+            assert "model.extra" not in Shards(tmp_path / name)
+            load_model(tmp_path / name)
+
+    def test_no_copy_is_made_of_what_is_not_there(self, folder, tmp_path):
+        change_tensors(folder, NAME, lambda tensors: tensors.pop(NAME))
+        change_index(folder, lambda weight_map: weight_map.pop(NAME))
+        for action in (
+            lambda: abyssal.export(folder, tmp_path / "out", allow_missing=["*"]),
+            lambda: convert(folder, tmp_path / "out", torch.bfloat16, allow_missing=["*"]),
+        ):
+            with pytest.warns(UserWarning, match="drawn anew"), pytest.raises(UserError, match="no copy can be made"):
+                action()
+
+    def test_fp8_layers_left_over_or_missing(self, folder, tmp_path):
+        convert(folder, tmp_path / "fp8", torch.float8_e4m3fn)
+        config = json.loads((tmp_path / "fp8" / "config.json").read_text())
+        (tmp_path / "fp8" / "config.json").write_text(json.dumps({**config, "num_nextn_predict_layers": 0}))
+        with pytest.warns(UserWarning, match="the checkpoint holds 1 MTP modules"):
+            assert len(load_model(tmp_path / "fp8").mtp_modules) == 1
+        (tmp_path / "fp8" / "config.json").write_text(json.dumps({**config, "first_k_dense_replace": 2}))
+        with pytest.raises(UserError, match="missing"):
+            load_model(tmp_path / "fp8")
+        with pytest.warns(UserWarning, match="left out"):
+            model = load_model(tmp_path / "fp8", allow_missing=["model.layers.1.mlp.*"])
+        assert model.blocks[1].mlp.up_proj.weight.isfinite().all()
+        (tmp_path / "fp8" / "config.json").write_text(json.dumps(config))
+        for name in (NAME, NAME + "_scale_inv"):
+            change_tensors(tmp_path / "fp8", name, lambda tensors, name=name: tensors.pop(name))
+            change_index(tmp_path / "fp8", lambda weight_map, name=name: weight_map.pop(name))
+        with pytest.warns(UserWarning, match=f"drawn anew: {NAME}"):
+            model = load_model(tmp_path / "fp8", weights="fp8", allow_missing=[NAME])
+        assert model.model.layers[1].mlp.experts.gate_up_proj.dtype == torch.bfloat16  # the layer's experts go together
+        assert model.model.layers[2].mlp.experts.gate_up_proj.dtype == torch.float8_e4m3fn
 
     def test_a_norm_is_one_and_a_bias_zero(self, folder):
         names = ["model.layers.1.input_layernorm.weight", "model.layers.1.mlp.gate.e_score_correction_bias"]
