@@ -54,11 +54,15 @@ def export(
         trained_here = True
     else:
         found = find(source)
+        if found.resolve() in folder.resolve().parents:
+            raise UserError(f"{folder}: lies in the source; choose a folder outside {found}")
         config, shards = read_model_config(found), Shards(found)
         wanted, tensors = wanted_tensors(config, shards, allow_missing), shards
         own = tokenizer or find_tokenizer(found)
         generation = read_mapping(path) if (path := found / "generation_config.json").is_file() else None
         trained_here = (Path(source) / MANIFEST).is_file() or (found / "state.json").is_file()
+    if own is not None and own.chat is not None:
+        own.chat.check()
     if own is not None and own.vocab_size > config.vocab_size:
         raise UserError(f"tokenizer: its vocabulary of {own.vocab_size} is larger than the model's {config.vocab_size}")
     write_model(

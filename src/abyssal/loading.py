@@ -15,7 +15,7 @@ from abyssal.checkpoint import load_model
 from abyssal.checkpoint.load import Progress, kept_layers, read_model_config
 from abyssal.checkpoint.run import MANIFEST, Run
 from abyssal.checkpoint.shards import INDEX, WEIGHTS, files_of
-from abyssal.config import ModelConfig, preset, preset_names, read_config
+from abyssal.config import ModelConfig, preset, preset_names, read_config, read_mapping
 from abyssal.data.tokenizer import Tokenizer
 from abyssal.errors import UserError
 from abyssal.model import Transformer
@@ -58,6 +58,8 @@ def find(source: str | Path, *, layers: int | Sequence[int] | None = None) -> Pa
     """The folder with config.json, weights and tokenizer that ``source`` names, as in :func:`load`; fetched from the
     hub where it is a name there. Raises UserError."""
     folder = Path(source)
+    if folder.is_file():
+        raise UserError(f"{folder}: a file; expected the folder that holds config.json and the weights")
     if os.path.lexists(folder):
         return _in_run(folder) if (folder / MANIFEST).is_file() else folder
     name = str(source)
@@ -72,9 +74,18 @@ def find(source: str | Path, *, layers: int | Sequence[int] | None = None) -> Pa
 
 
 def find_tokenizer(folder: Path) -> Tokenizer | None:
-    """The tokenizer in ``folder``; None where it has no tokenizer.json and no tiktoken.model."""
-    has_one = any((folder / name).is_file() for name in ("tokenizer.json", "tiktoken.model"))
-    return Tokenizer.load(folder) if has_one else None
+    """The tokenizer in ``folder``, with the ends of text that its generation_config.json lists; None where it has no
+    tokenizer.json and no tiktoken.model. Raises UserError where one of the files is damaged."""
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tiktoken.model")):
+        return None
+    tokenizer = Tokenizer.load(folder)
+    file = folder / "generation_config.json"
+    ends = read_mapping(file).get("eos_token_id") if file.is_file() else None
+    listed = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    if not all(type(end) is int for end in listed):
+        raise UserError(f"{file}: eos_token_id: {ends!r}; expected a token id or a list of them")
+    tokenizer.end_ids = frozenset(listed)
+    return tokenizer
 
 
 def find_config(source: str) -> ModelConfig:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -168,7 +169,7 @@ class TestSpace:
             lambda: convert(source, tmp_path / "out", torch.bfloat16),
             lambda: abyssal.export(source, tmp_path / "out"),
         ):
-            with pytest.raises(UserError, match=r"needs 0\.00 GB, the disk has 0\.00 GB free"):
+            with pytest.raises(UserError, match=r"needs 0\.\d MB, the disk has 0\.0 MB free"):
                 action()
             assert not (tmp_path / "out").exists()
             assert not list(tmp_path.glob("out*/*.safetensors"))
@@ -198,6 +199,23 @@ class TestSpace:
 
 
 class TestTarget:
+    def test_a_journal_that_is_damaged(self, source, tmp_path):
+        for text in ("{", "[]", "{}", json.dumps({"what": 3, "done": 4})):
+            (tmp_path / "out.partial").mkdir()
+            (tmp_path / "out.partial" / JOURNAL).write_text(text)
+            if text in ("{", "[]"):
+                with pytest.raises(UserError, match=JOURNAL):
+                    convert(source, tmp_path / "out", torch.bfloat16)
+                shutil.rmtree(tmp_path / "out.partial")
+            else:  # of no conversion that this one could go on with
+                convert(source, tmp_path / "out", torch.bfloat16)
+                load_model(tmp_path / "out")
+                shutil.rmtree(tmp_path / "out")
+
+    def test_export_into_the_source(self, source):
+        with pytest.raises(UserError, match="lies in the source"):
+            abyssal.export(source, source / "out")
+
     def test_a_folder_that_ends_in_partial_is_somebodys(self, source, tmp_path):
         """DST.partial may be the source itself, or anybody's folder."""
         source.rename(tmp_path / "x.partial")

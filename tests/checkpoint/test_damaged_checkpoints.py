@@ -126,6 +126,19 @@ class TestFiles:
             file.unlink()
         refused(folder, "model.safetensors", "no such file")
 
+    def test_an_index_and_a_single_file_that_it_does_not_name(self, folder):
+        save_file({"x": torch.zeros(1)}, folder / "model.safetensors")
+        refused(folder, "holds model.safetensors and model.safetensors.index.json")
+
+    def test_an_index_that_is_a_link_to_nothing(self, folder):
+        (folder / INDEX).unlink()
+        (folder / INDEX).symlink_to("gone")
+        refused(folder, INDEX, "a symbolic link to nothing")
+
+    def test_a_file_in_place_of_the_folder(self, folder):
+        with pytest.raises(UserError, match="expected the folder"):
+            abyssal.load(folder / "config.json")
+
     def test_shards_without_an_index(self, folder):
         (folder / INDEX).unlink()
         refused(folder, "neither model.safetensors nor", INDEX)
@@ -272,7 +285,10 @@ class TestTensors:
         abyssal.export(folder, tmp_path / "out")
         assert name not in Shards(tmp_path / "out")
 
-    @pytest.mark.parametrize("options", [{"dtype": torch.int8}, {"dtype": torch.float8_e4m3fn}, {"threads": 0}])
+    @pytest.mark.parametrize(
+        "options",
+        [{"dtype": torch.int8}, {"dtype": torch.float8_e4m3fn}, {"dtype": "bf16"}, {"device": "foo"}, {"threads": 0}],
+    )
     def test_impossible_options(self, folder, options):
         with pytest.raises(UserError, match=next(iter(options))):
             load_model(folder, **options)
@@ -357,6 +373,16 @@ class TestFP8:
         change_tensors(fp8, scale, lambda tensors: tensors.pop(scale))
         change_index(fp8, lambda weight_map: weight_map.pop(scale))
         refused(fp8, NAME, "FP8 without its scales")
+
+    def test_a_scale_that_is_no_number(self, fp8):
+        scale = NAME + "_scale_inv"
+        change_tensors(fp8, scale, lambda tensors: tensors.update({scale: torch.full((1, 1), float("nan"))}))
+        with pytest.raises(UserError, match=f"{scale}: holds NaN"):
+            load_model(fp8)
+        with pytest.raises(UserError, match=f"{scale}: holds NaN"):
+            convert(fp8, fp8.parent / "out", torch.bfloat16)
+        assert not (fp8.parent / "out").exists()
+        assert not (fp8.parent / "out").with_suffix(".safetensors").exists()
 
     def test_a_scale_of_another_shape(self, fp8):
         scale = NAME + "_scale_inv"

@@ -246,6 +246,22 @@ class TestGeneration:
         assert abyssal.generate(model, tokenizer, prompts, temperature=0, max_new_tokens=64) == expected
         assert len(set(expected)) == len(prompts)
 
+    def test_ends_of_text_that_only_the_generation_config_lists(self, tmp_path):
+        reference = theirs(3, vocab_size=258)
+        reference.save_pretrained(tmp_path / "m")
+        byte_tokenizer().save(tmp_path / "m")
+        file = tmp_path / "m" / "generation_config.json"
+        prompt = torch.tensor([[0, 2 + ord("a")]])
+        ids = reference.generate(prompt, do_sample=False, max_new_tokens=20, pad_token_id=0)[0, 2:].tolist()
+        file.write_text(json.dumps({"eos_token_id": [1, ids[6]]}))
+        model, tokenizer = abyssal.load(tmp_path / "m")
+        expected = tokenizer.decode(ids[: ids.index(ids[6])])
+        assert abyssal.generate(model, tokenizer, "a", temperature=0, max_new_tokens=20) == expected
+        for wrong in ("x", [1, "x"], {}, 1.5):
+            file.write_text(json.dumps({"eos_token_id": wrong}))
+            with pytest.raises(UserError, match="eos_token_id"):
+                abyssal.load(tmp_path / "m")
+
 
 class TestRefused:
     """What transformers' code would compute differently is not exported, unless forced."""

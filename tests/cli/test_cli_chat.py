@@ -70,7 +70,8 @@ def chat(folder, monkeypatch, tmp_path, capsys):
         with pytest.raises(SystemExit) as caught:
             main()
         out = capsys.readouterr()
-        assert caught.value.code == code, out.err
+        # 2 where something said failed, though the session went on
+        assert caught.value.code == (code or 2 * any(line.startswith("error: ") for line in out.err.splitlines())), out
         return out.out, out.err.splitlines()
 
     return run

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -63,13 +64,16 @@ def count_precisions(config: ModelConfig, plan: Plan, stored: Mapping[str, torch
     """Counts ``config``'s tensors under ``plan``, as they lie on disk: a tensor an expert, a tied head once. ``stored``
     are the dtypes that a checkpoint has them in (BF16 where it is silent).
 
-    Raises UserError where the plan puts what is no matrix in FP8 blocks.
+    Raises UserError where the plan puts what is no matrix in FP8 blocks, and for a pattern that fits no tensor.
     """
     with torch.device("meta"):
         model = Transformer(config)
     out = Precisions()
+    unused = dict(plan.patterns)
     for name, tensor in disk_tensors(model):
         dtype = plan.dtype(name, (stored or {}).get(name, torch.bfloat16))
+        for pattern in [pattern for pattern in unused if fnmatch.fnmatchcase(name, pattern)]:
+            del unused[pattern]
         if dtype == FP8 and tensor.dim() != 2:
             raise UserError(f"plan: {name} would be FP8, which needs a matrix; its shape is {list(tensor.shape)}")
         layer = layer_of(name)
@@ -81,4 +85,8 @@ def count_precisions(config: ModelConfig, plan: Plan, stored: Mapping[str, torch
         part[dtype] = part.get(dtype, 0) + tensor.numel()
         if dtype == FP8:
             out.scales.add(fp8.scale_shape(tensor.shape), torch.float32)
+    if unused:
+        raise UserError(
+            f"plan: {next(iter(unused))!r} fits no tensor of this model; expected for instance '*.self_attn.*'"
+        )
     return out

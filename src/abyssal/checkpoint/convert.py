@@ -112,7 +112,7 @@ class _Journal:
             (self.folder / LOCK).unlink()
             raise UserError(f"{self.folder}: exists and is no interrupted conversion; move it away")
         data = read_mapping(path) if others else {}
-        if data.get("what") == self.what:
+        if data.get("what") == self.what and isinstance(data.get("done"), dict):
             self.done = {file: digests for file, digests in data["done"].items() if (self.folder / file).is_file()}
             return self
         for leftover in others:  # of another source or another dtype
@@ -120,8 +120,10 @@ class _Journal:
         self._write()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._lock.close()
+        if kind is not None and not self.done:  # nothing to go on with
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     def add(self, file: str, digests: dict[str, str]) -> None:
         self.done[file] = digests

@@ -169,9 +169,9 @@ def check_space(folder: Path, needed: int) -> None:
     parent = next(p for p in folder.absolute().parents if p.is_dir())
     free = shutil.disk_usage(parent).free
     if free < needed * 1.01:
-        raise UserError(f"{folder}: needs {needed / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free")
+        raise UserError(f"{folder}: needs {needed / 1e6:,.1f} MB, the disk has {free / 1e6:,.1f} MB free")
 
 
 def write_json(path: Path, data: dict[str, Any]) -> None:
     """Writes ``data`` as readable JSON."""
-    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from abyssal.checkpoint.names import BIAS, SCALE, disk_tensors, is_derived, layer_of, repeated_names, stacked_name
+from abyssal.checkpoint.recast import check_scales
 from abyssal.checkpoint.shards import Shards, tensor_names
 from abyssal.config import ModelConfig, MTPConfig, read_config
 from abyssal.errors import UserError
@@ -66,8 +67,12 @@ def load_model(
     """
     if weights not in ("dense", "fp8"):
         raise UserError(f"weights: {weights!r} is not one of 'dense', 'fp8'")
-    if dtype is not None and not (dtype.is_floating_point and dtype.itemsize > 1):
-        raise UserError(f"dtype: {dtype} is not one of torch.bfloat16, float16, float32, float64")
+    if dtype is not None and dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        raise UserError(f"dtype: {dtype!r} is not one of torch.bfloat16, float16, float32, float64")
+    try:
+        device = torch.device(device or "cpu")
+    except (RuntimeError, TypeError) as error:
+        raise UserError(f"device: {device!r} is not one that torch knows ({str(error).splitlines()[0]})") from None
     if not isinstance(threads, int) or threads < 1:
         raise UserError(f"threads: {threads!r} is not a number from 1")
     config = read_model_config(folder)
@@ -89,7 +94,7 @@ def load_model(
         use_fp8(model, whole, power_of_two=config.scales_are_powers_of_two)
         model.requires_grad_(False)  # no gradient passes through FP8
     model.to(dtype or _dtype_of(shards))
-    model.to_empty(device=device or "cpu")
+    model.to_empty(device=device)
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight  # to_empty gave each of the two its own memory
     fill(model, shards, found, threads=threads, progress=progress)
@@ -208,6 +213,7 @@ def fill(
             # Blocks and scales may lie in different files.
             scale = name + SCALE
             scales = file.get_tensor(scale) if shards[scale].file == shards[name].file else shards.read(scale)
+            check_scales(scales, name)
             if targets[name].dtype == torch.float8_e4m3fn:
                 targets[name].copy_(file.get_tensor(name))
                 targets[scale].copy_(scales.float())

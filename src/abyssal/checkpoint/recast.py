@@ -17,6 +17,12 @@ from abyssal.errors import UserError
 from abyssal.kernels import fp8
 
 
+def check_scales(scale: Tensor, name: str) -> None:
+    """Raises UserError where a scale of the FP8 weight ``name`` is not finite."""
+    if not scale.float().isfinite().all():
+        raise UserError(f"{name}{SCALE}: holds NaN or infinite numbers; the file is damaged")
+
+
 class Source(Protocol):
     """Tensors by name: those of a folder (:class:`~abyssal.checkpoint.shards.Shards`) or of a model in memory."""
 
@@ -92,6 +98,7 @@ class Recast:
         if tensor.dtype == FP8:
             together = self.source[original + SCALE].file == self.source[original].file
             scale = (opened.get_tensor if together else self.source.read)(original + SCALE)
+            check_scales(scale, original)
             if target != FP8:
                 yield name, fp8.dequantize(tensor, scale, target)
             elif self.keep_blocks:

@@ -64,7 +64,9 @@ class Shards:
         self.folder = folder
         self._only = None if layers is None else set(layers)
         self._files: dict[str, list[str]] = {}
-        if (folder / INDEX).is_file():
+        if os.path.lexists(folder / INDEX):
+            if (why := _why_absent(folder / INDEX)) is not None:
+                raise UserError(f"{folder / INDEX}: {why}")
             self.source = folder / INDEX
             self._read_index()
         else:
@@ -144,6 +146,10 @@ class Shards:
         for name, file in weight_map.items():
             if self._wanted(name):
                 self._files.setdefault(file, []).append(name)
+        if WEIGHTS not in weight_map.values() and (self.folder / WEIGHTS).is_file():
+            raise UserError(
+                f"{self.folder}: holds {WEIGHTS} and {INDEX}, which does not name it; remove one of the two"
+            )
         if not weight_map:
             raise UserError(f"{self.source}: weight_map is empty; expected tensor names and their files")
 
@@ -153,7 +159,9 @@ class Shards:
             raise UserError(f"{self.folder}: {_why_absent(self.folder) or 'not a folder'}")
         if os.path.lexists(path):
             return
-        pickles = sorted(p.name for p in self.folder.iterdir() if p.suffix in PICKLES)
+        pickles = sorted(
+            p.name for p in self.folder.iterdir() if p.suffix in PICKLES or p.name.endswith(".bin.index.json")
+        )
         if pickles:
             raise UserError(
                 f"{self.folder}: holds {pickles[0]} but no {WEIGHTS}; pickled weights are never loaded (reading "

@@ -68,6 +68,13 @@ def write_shard(path: Path, entries: Sequence[Entry], tensors: Iterable[tuple[st
     Returns sha256 in hex of each tensor's bytes. Raises OSError where the disk does not take them; the space is claimed
     before anything is written.
     """
+    try:
+        return _write_shard(path, entries, tensors)
+    except OSError as error:  # that of a full disk names no file
+        raise OSError(error.errno, error.strerror or str(error), error.filename or str(path)) from None
+
+
+def _write_shard(path: Path, entries: Sequence[Entry], tensors: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
     header, offsets, size = _layout(entries)
     described = {entry.name: entry for entry in entries}
     digests: dict[str, str] = {}

@@ -50,7 +50,7 @@ def main() -> None:
     except UserError as error:
         code = _fail(str(error))
     except UnicodeEncodeError as error:
-        code = _fail(f"{error.object!r}: not UTF-8")
+        code = _fail(f"{error.object[max(error.start - 20, 0) : error.end + 20]!r}: has no UTF-8 form")
     except MemoryError as error:
         code = _fail(f"not enough memory: {error}")
     except BrokenPipeError:  # the reader of our output (head, less) has gone

@@ -91,6 +91,8 @@ def chat_command(
     variables = parse_assignments(template_arg or [])
     network, tokenizer = load_model(model, dtype=dtype, weights=weights, device=device, allow_missing=allow_missing)
     conversation = Conversation(tokenizer, system, variables)
+    if tokenizer.chat is not None:
+        tokenizer.chat.check()
     terminal = sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
     session = _Session(network, conversation, sampling, terminal)
     if terminal:
@@ -102,6 +104,8 @@ def chat_command(
             if text.split()[:1] == ["/exit"]:
                 break
             session.take(text)
+    if session.failed and not terminal:
+        raise typer.Exit(2)
 
 
 class _Session:
@@ -115,6 +119,7 @@ class _Session:
         self.context = network.config.max_position_embeddings
         self.retries = 0  # of the last answer
         self.writing = False
+        self.failed = False
 
     def note(self, text: str) -> None:
         """What is no answer: dim in a terminal, on stderr elsewhere."""
@@ -153,6 +158,7 @@ class _Session:
             try:
                 self._command(name, rest[0].strip() if rest else "")
             except UserError as error:
+                self.failed = True
                 self.note(f"error: {error}")
             return
         self.retries = 0
@@ -245,6 +251,7 @@ class _Session:
         if (answer.text or not problem) and not answer.text.endswith("\n"):
             print(flush=True)
         if problem:
+            self.failed = True
             self.note(f"{problem} (the conversation is as before)")
             return False
         self.conversation.add("assistant", answer.text)

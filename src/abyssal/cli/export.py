@@ -75,16 +75,20 @@ def convert_command(
 
     dtype = precision(to, "--to")
     power_of_two = _power_of_two(scales)
-    with byte_bars("writing", "reading back") as (progress, verifying):
-        convert(
-            source,
-            target,
-            dtype,
-            power_of_two=power_of_two,
-            allow_missing=allow_missing or (),
-            progress=progress,
-            verifying=verifying,
-        )
+    try:
+        with byte_bars("writing", "reading back") as (progress, verifying):
+            convert(
+                source,
+                target,
+                dtype,
+                power_of_two=power_of_two,
+                allow_missing=allow_missing or (),
+                progress=progress,
+                verifying=verifying,
+            )
+    except KeyboardInterrupt:
+        say("stopped; the same command goes on behind the last whole shard")
+        raise
     written = Shards(target)
     count = f"{len(written.files)} file{'s' if len(written.files) > 1 else ''}"
     say(f"{target}: {len(written.tensors):,} tensors, {size(written.nbytes)} in {count}, read back and equal")

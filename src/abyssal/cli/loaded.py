@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated
@@ -67,15 +69,50 @@ def parse_dtype(name: str, field: str, *, fp8: bool = False) -> torch.dtype | No
 
 
 @contextmanager
-def byte_bars(*labels: str) -> Iterator[list[Callable[[int, int], None] | None]]:
-    """Progress bars in bytes on stderr while the block runs, each shown from its first news on; None for each where
-    stderr is no terminal."""
+def byte_bars(*labels: str) -> Iterator[list[Callable[[int, int], None]]]:
+    """Progress bars in bytes on stderr while the block runs, each shown from its first news on; nothing is shown where
+    stderr is no terminal. Ctrl-C counts at the next news, between two tensors; a second one at once."""
+    with _careful() as stopped, _bars(*labels) as show:
+
+        def news(update: Callable[[int, int], None]) -> Callable[[int, int], None]:
+            def progress(done: int, total: int) -> None:
+                update(done, total)
+                if stopped():
+                    raise KeyboardInterrupt
+
+            return progress
+
+        yield [news(update) for update in show]
+
+
+@contextmanager
+def _careful() -> Iterator[Callable[[], bool]]:
+    """Within, a first Ctrl-C is only noted: one that comes while a library reads a tensor would break it off there."""
+    received: list[int] = []
+
+    def note(number: int, _: object) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: bool(received)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def _bars(*labels: str) -> Iterator[list[Callable[[int, int], None]]]:
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield [None] * len(labels)
+        yield [lambda done, total: None] * len(labels)
         return
     columns = (
         TextColumn("{task.description}"),

@@ -15,14 +15,18 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from abyssal.config.parsing import Config
 
+# Far above any model, and low enough that no tensor's size overflows: a slip of a digit is said, not computed.
+Width = Annotated[int, Field(gt=0, le=2**20)]
+Count = Annotated[int, Field(gt=0, le=2**14)]
+
 
 class MHAConfig(Config):
     """Multi-head attention with grouped key/value heads (DeepSeekMoE-16B: as many as query heads)."""
 
     kind: Literal["mha"] = "mha"
-    num_attention_heads: PositiveInt
-    num_key_value_heads: PositiveInt
-    head_dim: PositiveInt
+    num_attention_heads: Count
+    num_key_value_heads: Count
+    head_dim: Width
     bias: bool = False
 
     @model_validator(mode="after")
@@ -54,11 +58,11 @@ class MHAConfig(Config):
 class _LatentAttentionConfig(Config):
     """What MLA and its study variant share."""
 
-    num_attention_heads: PositiveInt
-    q_lora_rank: PositiveInt | None = None
-    qk_nope_head_dim: PositiveInt
-    qk_rope_head_dim: PositiveInt
-    v_head_dim: PositiveInt
+    num_attention_heads: Count
+    q_lora_rank: Width | None = None
+    qk_nope_head_dim: Width
+    qk_rope_head_dim: Width
+    v_head_dim: Width
     bias: bool = False
 
     @model_validator(mode="after")
@@ -87,7 +91,7 @@ class MLAConfig(_LatentAttentionConfig):
     """Multi-head latent attention (V2 paper §2.1, V3 §2.1.1); ``q_lora_rank`` None leaves queries uncompressed."""
 
     kind: Literal["mla"] = "mla"
-    kv_lora_rank: PositiveInt
+    kv_lora_rank: Width
 
     @property
     def cached_values(self) -> int:
@@ -99,8 +103,8 @@ class SeparateLatentsConfig(_LatentAttentionConfig):
     """Study variant: one latent for keys, one for values, rotary on the expanded keys (see model/variants.py)."""
 
     kind: Literal["separate_latents"] = "separate_latents"
-    k_lora_rank: PositiveInt
-    v_lora_rank: PositiveInt
+    k_lora_rank: Width
+    v_lora_rank: Width
 
     @property
     def cached_values(self) -> int:
@@ -145,10 +149,10 @@ class MoEConfig(Config):
     n_shared_experts · moe_intermediate_size. ``segments`` > 1 is a study variant (model/variants.py).
     """
 
-    n_routed_experts: PositiveInt
-    num_experts_per_tok: PositiveInt
-    moe_intermediate_size: PositiveInt
-    n_shared_experts: int = Field(default=0, ge=0)
+    n_routed_experts: Count
+    num_experts_per_tok: Count
+    moe_intermediate_size: Width
+    n_shared_experts: int = Field(default=0, ge=0, le=2**10)
     first_k_dense_replace: int = Field(default=0, ge=0)
     moe_layer_freq: PositiveInt = 1
     scoring_func: Literal["softmax", "sigmoid"] = "sigmoid"
@@ -194,7 +198,7 @@ class MoEConfig(Config):
 class MTPConfig(Config):
     """Multi-token prediction (V3 paper §2.2): how many modules stand behind the main model."""
 
-    num_nextn_predict_layers: int = Field(default=0, ge=0)
+    num_nextn_predict_layers: int = Field(default=0, ge=0, le=2**8)
 
 
 class ModelConfig(Config):
@@ -206,9 +210,9 @@ class ModelConfig(Config):
     """
 
     vocab_size: int = Field(ge=1, le=2**24)
-    hidden_size: PositiveInt
-    num_hidden_layers: PositiveInt
-    intermediate_size: PositiveInt
+    hidden_size: Width
+    num_hidden_layers: Count
+    intermediate_size: Width
     max_position_embeddings: PositiveInt
     attention: AttentionConfig
     rope: RopeConfig = RopeConfig()

@@ -117,7 +117,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not UTF-8 (byte offset {error.start})") from None
     except RecursionError:
         raise UserError(f"{path}: not valid {path.suffix.lstrip('.')}: nested too deeply") from None
-    except (json.JSONDecodeError, yaml.YAMLError) as error:
+    except (ValueError, yaml.YAMLError) as error:  # ValueError: numbers of thousands of digits, too
         raise UserError(f"{path}: not valid {path.suffix.lstrip('.')}: {' '.join(str(error).split())}") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None

@@ -97,6 +97,9 @@ def from_published(data: dict[str, Any], where: str = "config.json") -> ModelCon
     for key in ("bos_token_id", "eos_token_id"):
         token = src.take(key)
         if isinstance(token, list):  # several ends of text: the first is ours, the list is written back
+            for one in token:
+                if type(one) is not int:
+                    raise UserError(f"{where}: {key}: {one!r} in {token!r} is not valid: expected integers")
             extra[key] = token
             token = token[0] if token else None
         native[key] = token

@@ -76,6 +76,16 @@ class ChatTemplate:
             name = "" if isinstance(error, TemplateError) else f"{type(error).__name__}: "
             raise UserError(f"chat template{line}: {name}{' '.join(str(error).split())}") from error
 
+    def check(self) -> None:
+        """Raises UserError where the template is no valid Jinja."""
+        from jinja2 import TemplateSyntaxError
+
+        try:
+            assert self._template
+        except TemplateSyntaxError as error:
+            said = " ".join(str(error).split())
+            raise UserError(f"chat template, line {error.lineno}: {said}") from None
+
     @cached_property
     def _template(self) -> Template:
         return _environment().from_string(self.source)
@@ -125,7 +135,7 @@ def read_object(file: Path) -> dict[str, Any]:
     """The JSON object in `file`. Raises UserError where it holds something else."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file}: not a JSON file: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise UserError(f"{file}: holds a JSON {type(content).__name__}; expected an object")

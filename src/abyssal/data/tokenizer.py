@@ -85,6 +85,7 @@ class Tokenizer:
         self.bos, self.eos = bos, eos
         self.bos_id: int | None = None if bos is None else backend.token_to_id(bos)
         self.eos_id: int | None = None if eos is None else backend.token_to_id(eos)
+        self.end_ids: frozenset[int] = frozenset()  # further ends of text, that the checkpoint lists elsewhere
         self.config: dict[str, Any] = dict(config or {})
         self.adds_bos: bool = bos is not None and self.config.get("add_bos_token") is not False
         self.chat: ChatTemplate | None = None

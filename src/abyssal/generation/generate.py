@@ -279,7 +279,7 @@ def _are_ids(prompt: Any) -> bool:
 def _end_ids(model: Transformer, tokenizer: Tokenizer) -> set[int | None]:
     several = model.config.published.get("eos_token_id")  # a published config may list more than one
     own = {tokenizer.eos_id, model.config.eos_token_id, *(several if isinstance(several, list) else ())}
-    return own | tokenizer.end_of_turn_ids
+    return own | tokenizer.end_ids | tokenizer.end_of_turn_ids
 
 
 def _absent_ids(model: Transformer, tokenizer: Tokenizer) -> Tensor:
