@@ -252,7 +252,8 @@ class TestGeneration:
         byte_tokenizer().save(tmp_path / "m")
         file = tmp_path / "m" / "generation_config.json"
         prompt = torch.tensor([[0, 2 + ord("a")]])
-        ids = reference.generate(prompt, do_sample=False, max_new_tokens=20, pad_token_id=0)[0, 2:].tolist()
+        settings = {"attention_mask": torch.ones_like(prompt), "do_sample": False, "pad_token_id": 0}
+        ids = reference.generate(prompt, max_new_tokens=20, **settings)[0, 2:].tolist()
         file.write_text(json.dumps({"eos_token_id": [1, ids[6]]}))
         model, tokenizer = abyssal.load(tmp_path / "m")
         expected = tokenizer.decode(ids[: ids.index(ids[6])])
