@@ -293,7 +293,7 @@ def _allowed(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
 
 
 def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (f", … ({len(names)} in all)" if len(names) > 5 else "")
+    return ", ".join(names[:8]) + (f", … ({len(names)} in all)" if len(names) > 8 else "")
 
 
 def _dtype_of(shards: Shards) -> torch.dtype:
