@@ -1,10 +1,8 @@
-"""The training loop. One step, in order:
+"""The training loop: steps (:mod:`abyssal.training.step`) at the schedule's learning rate, their metrics, and every so
+often validation, samples, a checkpoint.
 
-    learning rate → for each micro-batch: forward, loss (+ balancers' terms), backward → clip → optimizer
-    → balancers move the biases by the whole step's load → metrics
-
-then, every so often: validation, samples, checkpoint. Training in FP32 on a CPU is deterministic: a run that was
-interrupted and resumed has the same losses, bit for bit, as one that was not.
+Training in FP32 on a CPU is deterministic: a run that was interrupted and resumed has the same losses, bit for bit, as
+one that was not.
 """
 
 from __future__ import annotations
@@ -12,7 +10,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,33 +20,20 @@ from abyssal.analysis.balance import balance
 from abyssal.checkpoint import load_into, read_tensors, save_model, write_tensors
 from abyssal.checkpoint.run import Run
 from abyssal.config import ModelConfig
-from abyssal.data.loader import Batch, Loader
+from abyssal.data.loader import Loader
 from abyssal.data.shards import TokenShards
 from abyssal.data.tokenizer import Tokenizer
 from abyssal.errors import UserError
 from abyssal.generation import generate
-from abyssal.model import RoutingRecorder, Transformer
-from abyssal.training.balance import build_balancers
+from abyssal.model import Transformer
 from abyssal.training.board import Board
 from abyssal.training.evaluate import Evaluation, evaluate
-from abyssal.training.hardware import autocast, device_memory, process_memory
-from abyssal.training.loss import compute_losses, count_targets, total_loss
-from abyssal.training.optimizer import build_optimizer, learning_rate
+from abyssal.training.hardware import device_memory, process_memory
+from abyssal.training.optimizer import learning_rate
 from abyssal.training.recipe import Recipe
+from abyssal.training.step import NotFinite, StepResult, TrainingStep
 
 TRAINING_STATE = "training.safetensors"
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What one step was: losses in nats a token, of the main model and of each MTP module; loads [E] by layer."""
-
-    loss: float
-    mtp_loss: list[float]
-    balance_loss: float
-    grad_norm: float
-    lr: float
-    loads: dict[int, Tensor]
 
 
 class Watcher:
@@ -104,8 +88,17 @@ class Trainer:
         self.model = model.to(device).train()
         self.train_shards, self.validation_shards = shards
         self.loader = build_loader(recipe, model.config, self.train_shards)
-        self.optimizer = build_optimizer(model, recipe.optimizer)
-        self.balancers = build_balancers(recipe.balance)
+        self._step = TrainingStep(
+            model,
+            optimizer=recipe.optimizer,
+            balance=recipe.balance,
+            clip=recipe.training.clip,
+            mtp_weight=recipe.training.mtp_weight,
+            device=device,
+            dtype=dtype,
+            recompute=recipe.training.recompute,
+        )
+        self.optimizer, self.balancers = self._step.optimizer, self._step.balancers
         self.done = 0
         self.tokens = 0
         self.best: dict[str, Any] | None = None
@@ -155,58 +148,21 @@ class Trainer:
         return True
 
     def step(self) -> StepResult:
-        """One optimizer step over ``accumulate`` micro-batches."""
+        """One optimizer step over ``accumulate`` micro-batches. Raises UserError where it came to no finite number."""
         t = self.recipe.training
         lr = learning_rate(self.done, t.steps, self.recipe.optimizer.lr, self.recipe.schedule)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
         batches = [self.loader.next() for _ in range(t.accumulate)]
-        depths = len(self.model.mtp_modules)
-        counts = [count_targets(batch, t.sequence_length, depths) for batch in batches]
-        step_counts = [sum(column) for column in zip(*counts, strict=True)]
-        nats = torch.zeros(1 + depths, device=self.device)
-        balance_loss = torch.zeros((), device=self.device)
-        loads: dict[int, Tensor] = {}
-        for batch in batches:
-            recorder = RoutingRecorder()
-            loss = self._loss(batch.to(self.device), step_counts, recorder, nats)
-            for layer, routings in recorder.routings.items():
-                for routing in routings:
-                    load = routing.load()
-                    loads[layer] = loads[layer] + load if layer in loads else load
-                    for balancer in self.balancers.values():
-                        term = balancer.loss(routing)
-                        if term is not None:
-                            balance_loss += term.detach() / t.accumulate
-                            loss = loss + term / t.accumulate
-            loss.backward()
-        # tolist and item wait for the device; from here on everything is known on the host
-        means = [n / max(count, 1) for n, count in zip(nats.tolist(), step_counts, strict=True)]
-        self._check_finite(self.done + 1, "loss", sum(means) + balance_loss.item())
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), t.clip).item()
-        self._check_finite(self.done + 1, "gradient norm", grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        routers = self.model.routers
-        for layer, load in loads.items():
-            for balancer in self.balancers.values():
-                balancer.after_step(layer, routers[layer], load, self.done / t.steps)
+        try:
+            result = self._step(batches, t.sequence_length, lr, self.done / t.steps)
+        except NotFinite as error:
+            raise self._not_finite(self.done + 1, error.what, error.value) from None
         self.tokens += t.accumulate * t.batch_size * t.sequence_length
-        return StepResult(means[0], means[1:], balance_loss.item(), grad_norm, lr, loads)
+        return result
 
-    def _loss(self, batch: Batch, step_counts: list[int], recorder: RoutingRecorder, nats: Tensor) -> Tensor:
-        t = self.recipe.training
-        with autocast(self.device, self.dtype):
-            losses = compute_losses(self.model, batch, t.sequence_length, recorder=recorder, recompute=t.recompute)
-        nats += torch.stack([n.detach().float() for n in losses.nats])
-        return total_loss(losses, step_counts, t.mtp_weight)
-
-    def _check_finite(self, step: int, what: str, value: float) -> None:
-        if math.isfinite(value):
-            return
+    def _not_finite(self, step: int, what: str, value: float) -> UserError:
         steps = self.run.steps()
         kept = f"the last good checkpoint is {self.run.checkpoint(steps[-1])}" if steps else "no checkpoint yet"
-        raise UserError(
+        return UserError(
             f"step {step}: the {what} is {value}; {kept}; "
             f"begin anew with a lower optimizer.lr (now {self.recipe.optimizer.lr}) or training.dtype=float32"
         )
@@ -253,7 +209,8 @@ class Trainer:
             batches=self.recipe.validation.batches,
         )
         self.model.train()
-        self._check_finite(self.done, "validation loss", evaluation.loss)
+        if not math.isfinite(evaluation.loss):
+            raise self._not_finite(self.done, "validation loss", evaluation.loss)
         record = {"kind": "validation", "step": self.done, **vars(evaluation)}
         self._log(record)
         if self.best is None or evaluation.loss < self.best["loss"]:
