@@ -138,7 +138,10 @@ class _GroupedLinear(torch.autograd.Function):
             grad_weight = torch.bmm(grad_e.transpose(1, 2), x_e) if ctx.needs_input_grad[1] else None
             return grad_x, grad_weight, None
         grad_x = x.new_empty(x.shape) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+        if grad_weight is not None:
+            for expert in _idle(ctx.bounds):  # the others are written whole
+                grad_weight[expert].zero_()
         for expert, start, end in _slices(ctx.bounds):
             if grad_x is not None:
                 torch.mm(grad[start:end], weight[expert], out=grad_x[start:end])
@@ -150,6 +153,11 @@ class _GroupedLinear(torch.autograd.Function):
 def _even(bounds: list[int]) -> bool:
     """Whether every expert has the same number of rows (at least one)."""
     return bounds[1] > 0 and bounds == list(range(0, bounds[-1] + 1, bounds[1]))
+
+
+def _idle(bounds: list[int]) -> list[int]:
+    """Experts that got no rows."""
+    return [expert for expert, (start, end) in enumerate(pairwise(bounds)) if end == start]
 
 
 def _slices(bounds: list[int]) -> list[tuple[int, int, int]]:
