@@ -271,21 +271,21 @@ class TestRecast:
                 assert torch.equal(out[name].view(torch.uint8), tensor.view(torch.uint8))
 
     def test_powers_of_two(self):
-        out = recast({WEIGHT: drawn(200, 130)}, Plan(FP8), power_of_two=True, keep_blocks=False)
+        out = recast({WEIGHT: drawn(200, 130)}, Plan(FP8), power_of_two=True)
         mantissa, _ = torch.frexp(out[WEIGHT + "_scale_inv"])
         assert (mantissa == 0.5).all()
 
     def test_blocks_get_powers_of_two(self):
         """Blocks that are not kept are quantised anew; where scales were powers of two, no number changes."""
         stored, scale = fp8.quantize(drawn(200, 130))
-        out = recast({WEIGHT: stored, WEIGHT + "_scale_inv": scale}, Plan(FP8), power_of_two=True, keep_blocks=False)
+        out = recast({WEIGHT: stored, WEIGHT + "_scale_inv": scale}, Plan(FP8), power_of_two=True)
         mantissa, _ = torch.frexp(out[WEIGHT + "_scale_inv"])
         assert (mantissa == 0.5).all()
         before, after = fp8.dequantize(stored, scale, FP32), fp8.dequantize(*out.values(), FP32)
         assert 0 < float((after - before).abs().max() / before.abs().max()) < 2.0**-4
         stored, scale = fp8.quantize(drawn(200, 130), power_of_two=True)
         tensors = {WEIGHT: stored, WEIGHT + "_scale_inv": scale.to(torch.float8_e8m0fnu)}
-        out = recast(tensors, Plan(FP8), power_of_two=True, keep_blocks=False)
+        out = recast(tensors, Plan(FP8), power_of_two=True)
         assert torch.equal(fp8.dequantize(*out.values(), FP32), fp8.dequantize(stored, scale, FP32))
 
     @pytest.mark.parametrize("power_of_two", [False, True])

@@ -56,8 +56,7 @@ def convert(
     config = read_model_config(source)
     wanted = wanted_tensors(config, shards, allow_missing)
     were_powers = config.scales_are_powers_of_two
-    keep = were_powers or not power_of_two
-    recast = Recast(shards, wanted, Plan(to), power_of_two=power_of_two or were_powers, keep_blocks=keep)
+    recast = Recast(shards, wanted, Plan(to), power_of_two=power_of_two, were_powers=were_powers)
     if power_of_two and to != FP8:
         raise UserError("scales that are powers of two: nothing is written in FP8 blocks; expected fp8 for the dtype")
     files = {file: [e for name in recast.names(file) for e in recast.group(name)] for file in shards.files}

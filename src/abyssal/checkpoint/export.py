@@ -91,14 +91,7 @@ def write_model(
     copies = repeated_names(config) if repeat_shared else {}
     copies = {name: original for name, original in copies.items() if name not in source and name != "lm_head.weight"}
     were_powers = config.scales_are_powers_of_two
-    recast = Recast(
-        source,
-        wanted,
-        Plan(dtype),
-        power_of_two=power_of_two or were_powers,
-        keep_blocks=were_powers or not power_of_two,
-        copies=copies,
-    )
+    recast = Recast(source, wanted, Plan(dtype), power_of_two=power_of_two, were_powers=were_powers, copies=copies)
     names = [name for file in source.files for name in recast.names(file)]
     shards = split([recast.group(name) for name in (*names, *copies)], shard_size)
     entries = [entry for shard in shards for entry in shard]

@@ -39,7 +39,8 @@ class Source(Protocol):
 class Recast:
     """The tensors ``wanted`` of ``source`` as they will be after ``plan``; scales come and go with FP8.
 
-    ``power_of_two`` is how new scales are made, ``keep_blocks`` whether what is in FP8 already stays as it is.
+    ``were_powers``: the scales of ``source`` are powers of two; new ones then are, too. ``power_of_two`` asks for such
+    scales: where those of ``source`` are not, what is in FP8 already is quantised anew, else it stays as it is.
     ``copies`` are names that do not exist yet and the tensors they repeat.
     """
 
@@ -50,14 +51,14 @@ class Recast:
         plan: Plan,
         *,
         power_of_two: bool = False,
-        keep_blocks: bool = True,
+        were_powers: bool = False,
         copies: dict[str, str] | None = None,
     ) -> None:
         self.source = source
         self.wanted = wanted
         self.plan = plan
-        self.power_of_two = power_of_two
-        self.keep_blocks = keep_blocks
+        self.power_of_two = power_of_two or were_powers
+        self.keep_blocks = were_powers or not power_of_two
         self.copies = copies or {}
 
     def names(self, file: str) -> list[str]:
