@@ -1,33 +1,47 @@
 """A training step beside transformers': same weights, same batch, in turn in one process.
 
-    python benchmarks/training.py [--shape S demo M] [--rounds 7] [--json FILE]
+    python benchmarks/training.py [--shapes demo S M] [--rounds 9] [--compiled] [--memory] [--dtype …] [--json FILE]
 
 Both sides do a whole step: forward, loss, backward, clipping, AdamW; ours balances the experts and keeps the metrics
-too, which transformers does not do. transformers runs at its best setting here: BF16 autocast, grouped_mm experts,
-SDPA, fused AdamW. Each round times one step of each side, one after the other; ratios are of the two in a round. FLOPs
-are counted from the matrices a token meets (2 a multiplication and addition, three times that for a step) and the
-causal half of attention. The GEMM rate is measured in the same run: BF16 and FP32, 2048 × 2048 × 2048.
+too, which transformers does not do. transformers runs at its best setting on a CPU: BF16 autocast where the hardware
+has it, grouped_mm experts, SDPA, fused AdamW; ``--compiled`` adds it under torch.compile as a third side (one to two
+minutes to compile, which are told and not counted). Each round times one step of every side, one after the other, and
+measures the rate of 2048 × 2048 products; ratios are of steps in one round. FLOPs are those of abyssal.analysis.flops,
+three times the forward pass; what is computed again on purpose is not counted. ``--memory`` takes the peak of some
+steps of each side, in processes of their own.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from machine import (
+    as_json,
+    bandwidth,
+    describe_machine,
+    gemm_rate,
+    markdown,
+    paired_ratio,
+    peak_memory,
+    spread,
+)
 
+from abyssal.analysis.flops import count_flops
 from abyssal.analysis.parameters import count_parameters
 from abyssal.config import ModelConfig, preset, to_published
 from abyssal.data.loader import Batch
 from abyssal.model import Transformer
-from abyssal.training.hardware import describe, has_bfloat16
+from abyssal.training.hardware import limit_threads, resolve_dtype
 from abyssal.training.recipe import BalanceConfig, OptimizerConfig
 from abyssal.training.step import TrainingStep
+
+CPU = torch.device("cpu")
 
 SHAPES: dict[str, tuple[dict[str, Any], int, int]] = {
     "S": (
@@ -105,7 +119,7 @@ class Ours:
             clip=1.0,
             mtp_weight=0.3,
             dtype=dtype,
-            device=torch.device("cpu"),
+            device=CPU,
         )
 
     def __call__(self, batch: Batch) -> float:
@@ -113,9 +127,9 @@ class Ours:
 
 
 class Theirs:
-    """transformers' V3 with the same weights."""
+    """transformers' V3 with the same weights, at its best setting."""
 
-    def __init__(self, model: Transformer, dtype: torch.dtype) -> None:
+    def __init__(self, model: Transformer, dtype: torch.dtype, compiled: bool = False) -> None:
         import transformers
 
         transformers.logging.set_verbosity_error()
@@ -125,10 +139,11 @@ class Theirs:
         self.model.load_state_dict(model.state_dict(), strict=False)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
         self.dtype = dtype
+        self.forward = torch.compile(self.model) if compiled else self.model
 
     def __call__(self, batch: Batch) -> float:
         with torch.autocast("cpu", dtype=self.dtype, enabled=self.dtype != torch.float32):
-            loss = self.model(batch.tokens[:, :-1], labels=batch.tokens[:, :-1], use_cache=False).loss
+            loss = self.forward(batch.tokens[:, :-1], labels=batch.tokens[:, :-1], use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
@@ -137,24 +152,8 @@ class Theirs:
 
 
 def step_flops(config: ModelConfig, batch: int, length: int) -> float:
-    """Floating-point operations of a training step: forward and twice that backward."""
-    attention = config.attention
-    assert attention.kind == "mla"
-    tokens = batch * length
-    products = 2 * count_parameters(config).active_without_embedding * tokens
-    scores = attention.num_attention_heads * (attention.qk_head_dim + attention.v_head_dim) * length
-    return 3 * (products + config.num_hidden_layers * tokens * scores)  # 2 a product, half of them causal
-
-
-def gemm_rate(dtype: torch.dtype) -> float:
-    """FLOP/s of a product of 2048 × 2048 matrices, the best of a second's."""
-    a, b = (torch.randn(2048, 2048, dtype=dtype) for _ in range(2))
-    best, until = 0.0, time.perf_counter() + 1
-    while time.perf_counter() < until:
-        start = time.perf_counter()
-        a @ b
-        best = max(best, 2 * 2048**3 / (time.perf_counter() - start))
-    return best
+    """Floating-point operations of a training step."""
+    return count_flops(config, length).training * batch * length
 
 
 def random_batch(config: ModelConfig, batch: int, length: int, seed: int) -> Batch:
@@ -162,69 +161,123 @@ def random_batch(config: ModelConfig, batch: int, length: int, seed: int) -> Bat
     return Batch(tokens, torch.zeros_like(tokens))
 
 
-def compare(name: str, rounds: int) -> dict[str, Any]:
-    """Steps of both sides in turn."""
+SIDES: dict[str, Callable[[Transformer, torch.dtype], Callable[[Batch], float]]] = {
+    "abyssal": Ours,
+    "transformers": Theirs,
+    "transformers, compiled": lambda model, dtype: Theirs(model, dtype, compiled=True),
+}
+
+
+def build(side: str, name: str, dtype: torch.dtype) -> Callable[[Batch], float]:
+    """A side's step on the shape ``name``; every side begins with the same weights."""
+    config, _, _ = shape(name)
+    return SIDES[side](Transformer(config, generator=torch.Generator().manual_seed(0)), dtype)
+
+
+def some_steps(side: str, name: str, dtype: torch.dtype, steps: int = 3) -> Callable[[Batch], float]:
+    """For ``--memory``: builds a side and takes steps; what it returns is what must stay alive."""
+    step = build(side, name, dtype)
+    for i in range(steps):
+        step(random_batch(*shape(name), seed=i))
+    return step
+
+
+def compare(name: str, rounds: int, sides: list[str], dtype: torch.dtype, memory: bool) -> dict[str, Any]:
+    """Steps of all sides in turn."""
     config, batch, length = shape(name)
-    dtype = torch.bfloat16 if has_bfloat16(torch.device("cpu")) else torch.float32
-    ours = Ours(Transformer(config, generator=torch.Generator().manual_seed(0)), dtype)
-    theirs = Theirs(Transformer(config, generator=torch.Generator().manual_seed(0)), dtype)
-    times: dict[str, list[float]] = {"abyssal": [], "transformers": []}
-    losses: dict[str, list[float]] = {"abyssal": [], "transformers": []}
-    for i in range(rounds + 2):
-        data = random_batch(config, batch, length, seed=i)
-        for side, step in (("abyssal", ours), ("transformers", theirs)):
+    steps = {side: build(side, name, dtype) for side in sides}
+    times: dict[str, list[float]] = {side: [] for side in sides}
+    losses: dict[str, list[float]] = {side: [] for side in sides}
+    rates, warmup = [], {}
+    for i in range(-2, rounds):  # the first two warm up
+        data = random_batch(config, batch, length, seed=i + 2)
+        for side, step in steps.items():
             start = time.perf_counter()
-            loss = step(data)
-            if i >= 2:  # the first two warm up
-                times[side].append(time.perf_counter() - start)
-            losses[side].append(loss)
-    ratios = [t / o for o, t in zip(times["abyssal"], times["transformers"], strict=True)]
-    flops = step_flops(config, batch, length)
+            losses[side].append(step(data))
+            seconds = time.perf_counter() - start
+            if i >= 0:
+                times[side].append(seconds)
+            else:
+                warmup[side] = warmup.get(side, 0.0) + seconds
+        rates.append(gemm_rate(dtype, seconds=0.3) / 1e9)
+    flops, tokens = step_flops(config, batch, length), batch * length
+    counts = count_parameters(config)
     return {
         "shape": name,
-        "parameters": count_parameters(config).total,
-        "active": count_parameters(config).active,
+        "parameters": counts.total,
+        "active": counts.active,
         "dtype": str(dtype).removeprefix("torch."),
-        "tokens": batch * length,
+        "tokens": tokens,
         "tflop": flops / 1e12,
-        "gemm_gflops": {str(d).removeprefix("torch."): gemm_rate(d) / 1e9 for d in (torch.bfloat16, torch.float32)},
-        "seconds": {side: statistics.median(values) for side, values in times.items()},
-        "tokens_per_s": {side: batch * length / statistics.median(values) for side, values in times.items()},
-        "gflops": {side: flops / statistics.median(values) / 1e9 for side, values in times.items()},
-        "ratio": statistics.median(ratios),
-        "ratio_quartiles": statistics.quantiles(ratios, n=4)[::2] if len(ratios) > 1 else ratios * 2,
-        "first_losses": {side: values[0] for side, values in losses.items()},
+        "gemm_gflops": spread(rates[2:]),
+        "memory_gb_per_s": {kind: rate / 1e9 for kind, rate in bandwidth().items()},
+        "seconds": {side: spread(values) for side, values in times.items()},
+        "tokens_per_s": {side: spread([tokens / t for t in values]) for side, values in times.items()},
+        "warmup_seconds": warmup,
+        "ratio": {side: paired_ratio(times["abyssal"], times[side]) for side in sides if side != "abyssal"},
+        "of_gemm": {
+            side: spread([flops / t / rate / 1e9 for t, rate in zip(values, rates[2:], strict=True)])
+            for side, values in times.items()
+        },
+        "first_loss": {side: values[0] for side, values in losses.items()},
+        "peak_bytes": {side: peak_memory(some_steps, side, name, dtype)["host"] for side in sides} if memory else {},
         "times": times,
     }
 
 
+def row(result: dict[str, Any]) -> list[list[str]]:
+    """Lines of the table: one a side."""
+    out = []
+    for side, rate in result["tokens_per_s"].items():
+        ratio, share = result["ratio"].get(side), result["of_gemm"][side]
+        peak = result["peak_bytes"].get(side)
+        out.append(
+            [
+                f"{result['shape']}, {side}",
+                f"{rate.median:,.0f} ({rate.low:,.0f}–{rate.high:,.0f})",
+                "" if ratio is None else f"{ratio.median:.2f} ({ratio.low:.2f}–{ratio.high:.2f})",
+                f"{share.median:.0%}",
+                "" if peak is None else f"{peak / 1e9:.2f}",
+            ]
+        )
+    return out
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", nargs="+", default=["demo", "S"], choices=["demo", *SHAPES])
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--shapes", nargs="+", default=["demo", "S"], choices=["demo", *SHAPES])
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--compiled", action="store_true", help="transformers under torch.compile too")
+    parser.add_argument("--memory", action="store_true", help="peak memory of each side")
+    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    limit_threads()
     import transformers
 
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    machine = describe(torch.device("cpu"), torch.bfloat16) | {"transformers": transformers.__version__}
-    print(", ".join(f"{key} {value}" for key, value in machine.items()) + f", commit {commit}\n")
-    print("| shape | parameters, active | abyssal, tokens/s | transformers | ratio (quartiles) | GFLOP/s | of GEMM |")
-    print("| --- | --- | ---: | ---: | ---: | ---: | ---: |")
+    sides = ["abyssal", "transformers", *(["transformers, compiled"] if options.compiled else [])]
+    dtype = resolve_dtype(options.dtype, CPU)
+    machine = describe_machine(CPU, dtype) | {"transformers": transformers.__version__}
+    print(", ".join(f"{key} {value}" for key, value in machine.items()) + "\n", flush=True)
     results = []
-    for name in options.shape:
-        r = compare(name, options.rounds)
-        results.append(r)
-        low, high = r["ratio_quartiles"]
-        ours, theirs = r["tokens_per_s"]["abyssal"], r["tokens_per_s"]["transformers"]
-        reached, share = r["gflops"]["abyssal"], r["gflops"]["abyssal"] / r["gemm_gflops"][r["dtype"]]
+    for name in options.shapes:
+        result = compare(name, options.rounds, sides, dtype, options.memory)
+        results.append(result)
         print(
-            f"| {name} | {r['parameters'] / 1e6:.1f}M, {r['active'] / 1e6:.1f}M | {ours:,.0f} | {theirs:,.0f} "
-            f"| {r['ratio']:.2f} ({low:.2f}–{high:.2f}) | {reached:.0f} | {share:.0%} |",
+            f"{name}: {result['parameters'] / 1e6:.1f}M parameters, {result['active'] / 1e6:.1f}M active; "
+            f"{result['tflop']:.3f} TFLOP a step of {result['tokens']} tokens; products "
+            f"{result['gemm_gflops']} GFLOP/s, memory read at {result['memory_gb_per_s']['read']:.1f} GB/s, copied at "
+            f"{result['memory_gb_per_s']['copy']:.1f}; first losses "
+            + ", ".join(f"{loss:.4f}" for loss in result["first_loss"].values())
+            + ("; first two steps " + ", ".join(f"{t:.0f} s" for t in result["warmup_seconds"].values())),
             flush=True,
         )
+    table = [line for result in results for line in row(result)]
+    print(
+        "\n" + markdown(table, "shape, side", "tokens/s (quartiles)", "abyssal is … times", "of GEMM rate", "peak, GB")
+    )
     if options.json:
-        options.json.write_text(json.dumps({"machine": machine, "commit": commit, "results": results}, indent=2))
+        options.json.write_text(json.dumps({"machine": machine, "results": results}, indent=2, default=as_json))
 
 
 if __name__ == "__main__":

@@ -1,19 +1,19 @@
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from abyssal.kernels.grouped import combine, experts_reference, gather, grouped_linear, plan
+from abyssal.kernels.fused import swiglu
+from abyssal.kernels.grouped import combine, experts_reference, gather, grouped_linear, plan, row_weights
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def grouped_experts(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     where = plan(indices, gate_up.shape[0], x.dtype)
-    gate, up = grouped_linear(gather(x, where), gate_up, where).chunk(2, dim=-1)
-    return combine(grouped_linear(F.silu(gate) * up, down, where), weights.to(x.dtype), where)
+    hidden = swiglu(grouped_linear(gather(x, where), gate_up, where), row_weights(weights, where))
+    return combine(grouped_linear(hidden, down, where), where)
 
 
 def loops(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
@@ -97,7 +97,7 @@ def test_bfloat16_is_as_near_to_float64_as_the_reference(routing: str, tokens: i
     assert rms(ours) <= 1.1 * rms(reference)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("routing", ["random", "one takes all", "half are empty"])
 def test_gradients_equal_those_of_the_reference(dtype: torch.dtype, routing: str):
     args = inputs(50, 24, 16, 6, 2, routing, dtype)
@@ -113,8 +113,8 @@ def test_gradients_equal_those_of_the_reference(dtype: torch.dtype, routing: str
         out.backward(torch.cos(torch.arange(out.numel(), dtype=torch.float64)).view(out.shape).to(out.dtype))
         grads.append([leaf.grad for leaf in leaves if leaf.dtype != torch.int64])
     for ours, reference, exact in zip(*grads, strict=True):
-        if dtype == torch.float64:
-            assert error(ours, exact) <= 1e-12
+        if dtype != torch.bfloat16:
+            assert error(ours, exact) <= (1e-12 if dtype == torch.float64 else 1e-5)
         else:
             assert error(reference, exact) > 0
             assert (ours.double() - exact).norm() <= 1.2 * (reference.double() - exact).norm()
@@ -158,14 +158,15 @@ def test_plan_sorts_by_expert_and_loses_nothing(dtype: torch.dtype, tokens: int,
         for i in range(k):
             row, expert = int(where.slot[n * k + i]), int(indices[n, i])
             assert where.bounds[expert] <= row < where.bounds[expert + 1]
-            assert int(where.source[row]) == n
+            assert int(where.assignment[row]) == n * k + i
     sizes = [b - a for a, b in zip(where.bounds, where.bounds[1:], strict=False)]
     counts = [(indices == e).sum().item() for e in range(experts)]
     assert sizes == (counts if dtype == torch.float32 else [-(-c // 32) * 32 for c in counts])
+    assert (where.assignment < 0).sum() == sum(sizes) - tokens * k  # the rest is padding
 
 
 def test_padding_rows_reach_neither_output_nor_gradient():
-    # BF16 pads each expert's rows with copies of token 0 on CPU; token 0's gradient must not hear of them.
+    # BF16 pads each expert's rows on CPU, without a backend with copies of token 0; its gradient must not hear of them.
     x, indices, weights, gate_up, down = inputs(9, 8, 8, 4, 2, dtype=torch.bfloat16)
     x.requires_grad_()
     out = grouped_experts(x, indices, weights, gate_up, down)

@@ -369,13 +369,17 @@ def with_rounded_inputs(model: Transformer, power_of_two: bool) -> Transformer:
         if isinstance(module, nn.Linear) and name.endswith(tuple(ATTENTION + MLP)):
             module.register_forward_pre_hook(lambda _, args: (rounded(args[0], power_of_two),))
         elif isinstance(module, Experts):
-            for step in ("gate_up", "down"):
-                setattr(module, step, _of_rounded(getattr(module, step), power_of_two))
+            module.forward = _in_loops(module, power_of_two)
     return model
 
 
-def _of_rounded(step: Callable[..., object], power_of_two: bool) -> Callable[..., object]:
-    return lambda rows, where: step(rounded(rows, power_of_two), where)
+def _in_loops(module: Experts, power_of_two: bool) -> Callable[..., Tensor]:
+    width = module.down_proj.shape[-1]
+    plain = [
+        {"gate": gate_up[:width].double(), "up": gate_up[width:].double(), "down": down.double()}
+        for gate_up, down in zip(module.gate_up_proj.detach(), module.down_proj.detach(), strict=True)
+    ]
+    return lambda x, indices, weights: loops(x, indices, weights, plain, power_of_two)
 
 
 class TestWholeModel:

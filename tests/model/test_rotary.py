@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from plain_models import frequencies, turned
 
 from abyssal.config import RopeConfig, YarnConfig, preset
-from abyssal.model.rotary import attention_mscale, inverse_frequencies, rotary_tables, rotate, yarn_mscale
+from abyssal.kernels.heads import rotate
+from abyssal.model.rotary import attention_mscale, inverse_frequencies, rotary_tables, yarn_mscale
 
 CPU = torch.device("cpu")
 

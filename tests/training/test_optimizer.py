@@ -1,4 +1,4 @@
-"""The learning rate at points worked out by hand, and one AdamW step against its formula."""
+"""The learning rate at points worked out by hand, AdamW steps against the formula, and moments in fewer bits."""
 
 import math
 from itertools import pairwise
@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_runs import MODEL
+from tiny_runs import MODEL, tiny_trainer
 
 from abyssal.config import resolve_model
 from abyssal.model import Transformer
@@ -103,3 +103,61 @@ def test_two_steps_against_the_formula():
         optimizer.step()
     for name, p in model.named_parameters():
         torch.testing.assert_close(p.detach(), expected[name], rtol=1e-9, atol=1e-12)
+
+
+def nbytes(optimizer: torch.optim.Optimizer) -> int:
+    return sum(x.nbytes for state in optimizer.state.values() for key, x in state.items() if key != "step")
+
+
+class TestState:
+    @pytest.mark.parametrize(
+        ("name", "state", "expected"),
+        [
+            ("adamw", "float32", 8.0),
+            ("adamw", "bfloat16", 4.0),
+            ("adamw", "8bit", 2 * (1 + 4 / 128)),
+            ("muon", "float32", 4.0),
+            ("muon", "bfloat16", 2.0),
+            ("muon", "8bit", 1 + 4 / 128),
+        ],
+    )
+    def test_bytes_a_weight(self, name, state, expected):
+        """In the experts' stacks; and over the model, tensors of fewer than 4096 numbers included, as is said."""
+        model = Transformer(resolve_model(MODEL), generator=torch.Generator().manual_seed(0))
+        optimizer = build_optimizer(model, OptimizerConfig(lr=1e-3, name=name, state=state))
+        stack = model.get_parameter("model.layers.1.mlp.experts.gate_up_proj")
+        assert stack.numel() == 4096
+        one = sum(x.nbytes for key, x in optimizer.state[stack].items() if key != "step")
+        assert one == expected * stack.numel()
+        norm = optimizer.state[model.model.norm.weight]
+        assert norm["exp_avg"].dtype == (torch.bfloat16 if state == "bfloat16" else torch.float32)
+        total = 0.0
+        for key, p in model.named_parameters():
+            moments = 1 if name == "muon" and not key.endswith(("norm.weight", "tokens.weight", "head.weight")) else 2
+            small = state == "8bit" and p.numel() < 4096
+            blocks = -(-p.numel() // 128)
+            bits = {"float32": 4 * p.numel(), "bfloat16": 2 * p.numel(), "8bit": p.numel() + 4 * blocks}[state]
+            total += moments * (4 * p.numel() if small else bits)
+        assert nbytes(optimizer) == total
+
+    @pytest.mark.parametrize("name", ["adamw", "muon"])
+    def test_training_comes_as_far(self, name, data, tmp_path):
+        """30 steps on a little text: the last losses, with every kind of moments, and with BF16 weights."""
+        data["model"] = {**MODEL, "hidden_size": 64, "intermediate_size": 128}
+        data["training"] |= {"steps": 30, "accumulate": 1, "batch_size": 3, "recompute": False}
+        data |= {"checkpoint": {"every": 100}, "samples": {"every": 100}, "validation": {"every": 100}}
+        final = {}
+        for state, dtype in (("float32", "float32"), ("8bit", "float32"), ("bfloat16", "bfloat16")):
+            data["optimizer"] = {"lr": 1e-2, "name": name, "state": state}
+            data["training"]["dtype"] = dtype
+            trainer = tiny_trainer(data, tmp_path / f"{state}-{dtype}")
+            losses = []
+            for _ in range(30):
+                losses.append(trainer.step().loss)
+                trainer.done += 1
+            final[state, dtype] = sum(losses[-8:]) / 8
+            assert losses[0] == pytest.approx(math.log(258), rel=0.03)
+        exact = final["float32", "float32"]
+        assert exact < 3.2
+        for key, loss in final.items():
+            assert loss == pytest.approx(exact, rel=0.03), key

@@ -5,12 +5,14 @@ import os
 import shutil
 
 import pytest
+import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_runs import build_recipe, figures, same, tensors_of, tiny_recipe, tiny_trainer, write_corpus
 
 import abyssal
+from abyssal.checkpoint import read_tensors, write_tensors
 from abyssal.checkpoint.run import Run
 from abyssal.data.tokenizer import train_bpe
 from abyssal.errors import UserError
@@ -110,7 +112,63 @@ def test_bfloat16_resumes_in_bfloat16(data, tmp_path):
     tiny_trainer(data, tmp_path / "run", stop_after(1)).train()
     trainer = resume(tmp_path / "run", None)
     assert str(trainer.dtype) == "torch.bfloat16"
-    assert all(str(p.dtype) == "torch.float32" for p in trainer.model.parameters())
+
+
+class TestOptimizers:
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    @pytest.mark.parametrize("state", ["float32", "bfloat16", "8bit"])
+    @pytest.mark.parametrize("name", ["adamw", "muon"])
+    def test_stopped_and_resumed(self, data, tmp_path, name, state, dtype):
+        """Weights, with every bit of a BF16 weight's master, and moments: as without an interruption."""
+        data["optimizer"] = {"lr": 1e-2, "name": name, "state": state}
+        data["training"] |= {"dtype": dtype, "steps": 5, "batch_size": 1}
+        data |= {"validation": {"every": 100, "batches": 1}, "checkpoint": {"every": 100}}
+        whole = tiny_trainer(data, tmp_path / "whole")
+        assert whole.train()
+        tiny_trainer(data, tmp_path / "run", stop_after(2)).train()
+        last = resume(tmp_path / "run", None)
+        assert last.done == 2
+        assert (last.model.lm_head.weight.dtype == torch.bfloat16) == (dtype == "bfloat16")
+        assert last.train()
+        assert figures(last.run.metrics()) == figures(whole.run.metrics())
+        assert same(tensors_of(last), tensors_of(whole))
+
+    def test_a_checkpoint_is_as_it_always_was(self, data, tmp_path):
+        """FP32 weights, and FP32 moments under the names that earlier versions wrote and read: nothing else."""
+        data["training"]["dtype"] = "bfloat16"
+        trainer = tiny_trainer(data, tmp_path / "run", stop_after(2))
+        trainer.train()
+        folder = trainer.run.checkpoint(2)
+        written = read_tensors(folder / "training.safetensors")
+        names = [name for name, _ in trainer.model.named_parameters()]
+        keys = ("step", "exp_avg", "exp_avg_sq")
+        assert {k for k in written if k.startswith("optimizer.")} == {f"optimizer.{k}.{n}" for n in names for k in keys}
+        assert all(x.dtype == torch.float32 for k, x in written.items() if k.startswith("optimizer."))
+        assert all(written[f"optimizer.step.{name}"] == 2 for name in names)
+        weights = read_tensors(folder / "model.safetensors")
+        assert all(x.dtype == torch.float32 for x in weights.values())
+        # Masters: FP32 numbers of which BF16 could not show most.
+        head = weights["lm_head.weight"]
+        assert (head != head.bfloat16().float()).float().mean() > 0.9
+        assert json.loads((folder / "config.json").read_text())["torch_dtype"] == "float32"
+
+    def test_moments_of_another_kind(self, data, tmp_path):
+        path = tmp_path / "run"
+        tiny_trainer(data, path, stop_after(2)).train()
+        file = Run(path).checkpoint(2) / "training.safetensors"
+        tensors = read_tensors(file)
+        for damage, match in (
+            (lambda x: x.bfloat16(), r"optimizer\.exp_avg\.lm_head\.weight: torch\.bfloat16 \[258, 32\], expected"),
+            (lambda x: x[:-1], r"optimizer\.exp_avg\.lm_head\.weight: torch\.float32 \[257, 32\], expected"),
+        ):
+            changed = damage(tensors["optimizer.exp_avg.lm_head.weight"])
+            write_tensors(tensors | {"optimizer.exp_avg.lm_head.weight": changed}, file)
+            with pytest.raises(UserError, match=match):
+                resume(path, None)
+        del tensors["optimizer.exp_avg.lm_head.weight"]
+        write_tensors(tensors, file)
+        with pytest.raises(UserError, match=r"no optimizer\.exp_avg\.lm_head\.weight"):
+            resume(path, None)
 
 
 class TestMetrics:
@@ -222,6 +280,8 @@ class TestRefused:
         ("changes", "key"),
         [
             ({"optimizer__lr": 0.5}, "optimizer.lr"),
+            ({"optimizer__name": "muon"}, "optimizer.name"),
+            ({"optimizer__state": "8bit"}, "optimizer.state"),
             ({"balance": "none"}, "balance.bias_sign"),
             ({"training__seed": 5}, "training.seed"),
             ({"training__accumulate": 1}, "training.accumulate"),

@@ -103,7 +103,7 @@ class TestStep:
             )
             captured = {}
             trainer.model.double()
-            trainer.optimizer.step = lambda c=captured, t=trainer: c.update(
+            trainer.optimizer.step = lambda scale, c=captured, t=trainer: c.update(
                 {n: p.grad.clone() for n, p in t.model.named_parameters()}
             )
             result = trainer.step()
@@ -118,8 +118,8 @@ class TestStep:
     def test_gradients_are_clipped(self, data, tmp_path):
         trainer = tiny_trainer(data, tmp_path / "run", training__clip=0.01)
         seen = []
-        trainer.optimizer.step = lambda: seen.append(
-            math.sqrt(sum(p.grad.double().pow(2).sum().item() for p in trainer.model.parameters()))
+        trainer.optimizer.step = lambda scale: seen.append(
+            scale * math.sqrt(sum(p.grad.double().pow(2).sum().item() for p in trainer.model.parameters()))
         )
         norm = trainer.step().grad_norm
         assert norm > 0.01
@@ -135,7 +135,7 @@ class TestStep:
         for alpha in (None, 10.0):
             balance = "none" if alpha is None else {"token_loss": {"alpha": alpha}}
             trainer = tiny_trainer(data, tmp_path / f"run-{alpha}", balance=balance)
-            trainer.optimizer.step = lambda t=trainer: routers.append(t.model.routers[1].weight.grad.clone())
+            trainer.optimizer.step = lambda scale, t=trainer: routers.append(t.model.routers[1].weight.grad.clone())
             results.append(trainer.step())
         assert results[0].loss == results[1].loss
         assert results[0].balance_loss == 0 < results[1].balance_loss

@@ -7,6 +7,7 @@ No pickle is read, ever.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -14,10 +15,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from abyssal.checkpoint.names import disk_tensors
+from abyssal.checkpoint.names import disk_tensors, stacked_name
 from abyssal.checkpoint.shards import WEIGHTS
+from abyssal.checkpoint.writer import Entry, write_shard
 from abyssal.config import ModelConfig, published_model_type, to_published
 from abyssal.errors import UserError
+from abyssal.kernels.adamw import merge
 from abyssal.model import Transformer
 
 
@@ -52,7 +55,27 @@ def config_to_json(config: ModelConfig, dtype: torch.dtype) -> str:
     return json.dumps(data, indent=2) + "\n"
 
 
-def save_model(model: Transformer, folder: Path) -> None:
-    """Writes config.json and model.safetensors into ``folder`` (which exists)."""
-    (folder / "config.json").write_text(config_to_json(model.config, model.lm_head.weight.dtype), encoding="utf-8")
-    write_tensors(dict(disk_tensors(model)), folder / WEIGHTS)
+def save_model(model: Transformer, folder: Path, lows: Mapping[str, Tensor] | None = None) -> None:
+    """Writes config.json and model.safetensors into ``folder`` (which exists).
+
+    ``lows``, by parameter name, are the other halves of those that hold half of an FP32 number
+    (:func:`abyssal.kernels.adamw.split`); these are written whole, each put together only when its turn comes.
+    """
+    dtype = model.model.embed_tokens.weight.dtype
+    (folder / "config.json").write_text(config_to_json(model.config, dtype), encoding="utf-8")
+    if not lows:
+        write_tensors(dict(disk_tensors(model)), folder / WEIGHTS)
+        return
+    halves = {name: lows.get(stacked_name(name)) for name, _ in disk_tensors(model)}
+    entries = [
+        Entry(name, tensor.dtype if halves[name] is None else torch.float32, tuple(tensor.shape))
+        for name, tensor in disk_tensors(model)
+    ]
+    # An expert's matrix is a view of the stack of all; its other half lies at the same place of the stack's.
+    whole = (
+        (name, tensor)
+        if (low := halves[name]) is None
+        else (name, merge(tensor, low.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())))
+        for name, tensor in disk_tensors(model)
+    )
+    write_shard(folder / WEIGHTS, entries, whole)

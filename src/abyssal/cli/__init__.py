@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import typer
@@ -19,6 +21,21 @@ from abyssal.cli.presets import presets_command
 from abyssal.cli.train import train_command
 from abyssal.errors import UserError
 
+
+def _on_suitable_threads(command: Callable[..., None]) -> Callable[..., None]:
+    """``command`` with no more of torch's threads than this container may run at once. Here rather than in
+    :func:`main`, since torch has to be loaded for it, which takes seconds that ``--help`` should not."""
+
+    @functools.wraps(command)  # typer reads the options from what is wrapped
+    def run(*arguments: Any, **options: Any) -> None:
+        from abyssal.training.hardware import limit_threads
+
+        limit_threads()
+        command(*arguments, **options)
+
+    return run
+
+
 app = typer.Typer(
     name="abyssal",
     help="The DeepSeek model line: configure, train, look inside, run.",
@@ -27,12 +44,12 @@ app = typer.Typer(
 )
 app.command("presets")(presets_command)
 app.command("inspect")(inspect_command)
-app.command("train")(train_command)
-app.command("generate")(generate_command)
-app.command("chat")(chat_command)
-app.command("eval")(eval_command)
-app.command("export")(export_command)
-app.command("convert")(convert_command)
+app.command("train")(_on_suitable_threads(train_command))
+app.command("generate")(_on_suitable_threads(generate_command))
+app.command("chat")(_on_suitable_threads(chat_command))
+app.command("eval")(_on_suitable_threads(eval_command))
+app.command("export")(_on_suitable_threads(export_command))
+app.command("convert")(_on_suitable_threads(convert_command))
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ from rich.markup import escape
 if TYPE_CHECKING:
     import torch
 
+    from abyssal.analysis.flops import Flops
     from abyssal.config import ModelConfig
 
 
@@ -27,9 +28,13 @@ def inspect_command(
             "may be given again, the first that fits counts.",
         ),
     ] = None,
+    context: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Count FLOPs at N tokens a sequence. Default: 4096, or the model's most."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show parameters (all and active, by part) and cached bytes a token. Takes no memory for weights."""
+    """Show parameters (all and active, by part), cached bytes and FLOPs a token. Takes no memory for weights."""
     import json
 
     from abyssal.analysis.parameters import count_parameters
@@ -40,6 +45,7 @@ def inspect_command(
         _show_precision(model, config, plan or [], as_json)
         return
     counts = count_parameters(config)
+    flops = _flops(config, context)
     attention = config.attention
     cached = attention.cached_values * config.num_hidden_layers
     expanded = attention.expanded_values * config.num_hidden_layers
@@ -52,6 +58,12 @@ def inspect_command(
             "cached_values_per_token_and_layer": attention.cached_values,
             "cached_bytes_per_token": {"bfloat16": 2 * cached, "float32": 4 * cached},
             "expanded_bytes_per_token": {"bfloat16": 2 * expanded, "float32": 4 * expanded},
+            "flops": {
+                "context": flops.context,
+                "forward": {"total": flops.forward, **flops.by_part},
+                "mtp": {"total": flops.mtp, **flops.mtp_by_part},
+                "training": flops.training,
+            },
             "config": config.model_dump(),
         }
         print(json.dumps(data, indent=2))
@@ -83,6 +95,35 @@ def inspect_command(
     if expanded != cached:
         out.add_row("expanded heads", f"{attention.expanded_values:,}", f"{2 * expanded:,}", f"{4 * expanded:,}")
         out.add_row("ratio", f"{expanded / cached:.1f}×", "", "")
+    show_table(out)
+    _show_flops(flops)
+
+
+def _flops(config: ModelConfig, context: int | None) -> Flops:
+    from abyssal.analysis.flops import count_flops
+    from abyssal.errors import UserError
+
+    longest = config.max_position_embeddings
+    if context is None:
+        context = min(4096, longest)
+    elif not 1 <= context <= longest:
+        raise UserError(f"--context: {context} is not between 1 and the model's max_position_embeddings {longest}")
+    return count_flops(config, context)
+
+
+def _show_flops(flops: Flops) -> None:
+    from abyssal.cli.show import show_table, table
+
+    total = flops.forward
+    unit, scale = ("GFLOP", 1e9) if total >= 1e9 else ("MFLOP", 1e6)
+    out = table(f"\nforward pass, context of {flops.context:,}", f"\n{unit} a token", "\nshare")
+    for part, count in flops.by_part.items():
+        out.add_row(part, f"{count / scale:,.3f}", f"{count / total:.1%}")
+    out.add_row("[bold]total[/bold]", f"[bold]{total / scale:,.3f}[/bold]", "")
+    if flops.mtp:
+        out.add_row("MTP modules (not in the total)", f"{flops.mtp / scale:,.3f}", "")
+    name = "training, 3 times forward with MTP" if flops.mtp else "training, 3 times forward"
+    out.add_row(name, f"{flops.training / scale:,.3f}", "")
     show_table(out)
 
 

@@ -1,15 +1,21 @@
-"""Softmax attention, one call for all: which of torch's ways is the fastest depends on the device and the sizes.
+"""Softmax attention, one call for all: which way is the fastest depends on the device and on what it is for.
 
 Shapes: B batch, H heads, T queries, S keys, d query/key size, V value size.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-_SHORT = 512
+from abyssal.kernels import native
+
+_BLOCK = 256  # queries at a time
+_SCORES = 2**25  # scores at a time, at most: 64 MB
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, causal: bool) -> Tensor:
@@ -17,8 +23,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None
 
     ``mask`` [B, 1, T, S] bool is True where a query may look; without one, ``causal`` limits query t to keys 0…t.
     """
-    if _wants_matrices(q, k, mask, causal):
-        return _with_matrices(q, k, v, scale)
+    if causal and mask is None and _trains_in_blocks(q, k, v):
+        out: Tensor = _CausalBlocks.apply(q, k, v, scale)
+        return out
     width = v.shape[-1]
     if width < q.shape[-1]:
         v = F.pad(v, (0, q.shape[-1] - width))  # torch's fast CPU kernel wants one size for all three
@@ -27,26 +34,61 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None
     return out[..., :width]
 
 
-def _wants_matrices(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool) -> bool:
-    # The backward pass of torch's flash kernel on CPU takes twice as long as plain products in BF16 for short sequences
-    # (docs/notebook.md). Only there: its T × T probabilities are kept, which long sequences can't afford.
+def _trains_in_blocks(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    # The backward pass of torch's flash kernel on CPU takes two to three times as long in BF16 (docs/notebook.md).
     return (
-        q.device.type == "cpu"
-        and q.dtype == torch.bfloat16
+        q.dtype == torch.bfloat16
         and torch.is_grad_enabled()
-        and causal
-        and mask is None
-        and k.shape[1] == q.shape[1]
-        and q.shape[2] <= _SHORT
+        and (q.requires_grad or k.requires_grad or v.requires_grad)
+        and k.shape[:3] == q.shape[:3]
+        and native.supports(q, k, v)
     )
 
 
-def _with_matrices(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    batch, heads, length = q.shape[:3]
-    limit = torch.full((length, length), float("-inf"), dtype=q.dtype, device=q.device).triu(1)
-    # One product gives scaled and masked scores; softmax is FP32 inside.
-    scores = torch.baddbmm(limit, q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2), alpha=scale)
-    return (scores.softmax(-1) @ v.flatten(0, 1)).view(batch, heads, length, -1)
+class _CausalBlocks(torch.autograd.Function):
+    """Attention as batched matrix products over blocks of queries, each with the keys it may see.
+
+    What is kept for the backward pass is one number a query, the logarithm of its sum of exponentials; probabilities
+    are worked out again from that (as FlashAttention does, arXiv 2205.14135).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        ctx.heads = q.shape[:2]
+        q, k, v = (x.contiguous().flatten(0, 1) for x in (q, k, v))
+        out = v.new_empty(v.shape)
+        log_sums = []
+        for start, end in _blocks(q):
+            scores = torch.bmm(q[:, start:end], k[:, :end].transpose(1, 2))
+            log_sums.append(native.causal_softmax_(scores, scale, start))
+            out[:, start:end] = torch.bmm(scores, v[:, :end])
+        ctx.save_for_backward(q, k, v, *log_sums)
+        ctx.scale = scale
+        return out.unflatten(0, ctx.heads)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        q, k, v, *log_sums = ctx.saved_tensors
+        grad = grads[0].contiguous().flatten(0, 1)
+        blocks = _blocks(q)
+        # One block: its gradients are the whole. Several add to the same keys, in FP32.
+        dtype = q.dtype if len(blocks) == 1 else torch.float32
+        grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k, dtype=dtype), torch.zeros_like(v, dtype=dtype)
+        for (start, end), log_sum in zip(blocks, log_sums, strict=True):
+            scores = torch.bmm(q[:, start:end], k[:, :end].transpose(1, 2))
+            grad_scores = torch.bmm(grad[:, start:end], v[:, :end].transpose(1, 2))
+            native.causal_softmax_backward_(scores, grad_scores, ctx.scale, start, log_sum)
+            grad_v[:, :end] += torch.bmm(scores.transpose(1, 2), grad[:, start:end])
+            grad_k[:, :end] += torch.bmm(grad_scores.transpose(1, 2), q[:, start:end])
+            grad_q[:, start:end] = torch.bmm(grad_scores, k[:, :end])
+        return *(g.to(q.dtype).unflatten(0, ctx.heads) for g in (grad_q, grad_k, grad_v)), None
+
+
+def _blocks(q: Tensor) -> list[tuple[int, int]]:
+    heads, length = q.shape[:2]
+    size = max(32, min(_BLOCK, _SCORES // max(heads * length, 1) // 32 * 32))
+    return [(start, min(start + size, length)) for start in range(0, length, size)]
 
 
 def attention_reference(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, causal: bool) -> Tensor:

@@ -1,14 +1,17 @@
-"""Routed experts as grouped matrix products: sort assignments by expert, gather, multiply slice by slice, combine.
+"""Routed experts as grouped matrix products: sort assignments by expert, gather, multiply slice by slice, add up.
 
-The three steps are one seam each (:func:`plan`, :func:`gather`, :func:`grouped_linear`, :func:`combine`), so that
-another dispatcher or kernel can take the place of any of them. :func:`experts_reference` is the plain account that they
-are tested against.
+The steps are one seam each (:func:`plan`, :func:`gather`, :func:`grouped_linear`, :func:`combine`), so that another
+dispatcher or kernel can take the place of any of them. :func:`experts_reference` is the plain account that they are
+tested against.
 
-Two facts of CPUs shape this file. BF16 matrix products run five times faster when the same shapes come again (each new
+The routing weights go in between the two products (:func:`row_weights`, :func:`abyssal.kernels.fused.swiglu`): an
+expert's second matrix is linear, so a token's output is then a plain sum of rows, and gathering and summing are each
+other's gradient. No step adds rows up with atomics, so training is reproducible bit by bit.
+
+A fact of CPUs shapes the plan: BF16 matrix products run five times faster when the same shapes come again (each new
 shape costs a new oneDNN primitive), so every expert's rows are padded to a multiple of 32 there, and where the load is
-even enough all to the same number, which makes one batched product of many small ones. And the gradient that autograd
-derives for a gather adds rows up one thread at a time, or in an order that changes between runs; the backward functions
-here gather instead, since each assignment has a slot of its own. So training is reproducible bit by bit.
+even enough all to the same number, which makes one batched product of many small ones. On a GPU nothing here waits for
+the device: counts stay there, and the buffer's size is a bound known beforehand.
 
 Shapes: N tokens, K experts a token, E experts, P rows of the sorted buffer (≥ N·K), D hidden, F expert width.
 """
@@ -17,6 +20,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -24,7 +28,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from abyssal.kernels import native
+from abyssal.kernels.backend import backend
+
 _BF16_ROWS = 32
+_GPU_ROWS = 8  # torch's grouped products want the rows of an expert in multiples of 16 bytes
 _EVEN = 1.25  # with rows padded to the busiest expert's, at most so many times the work
 
 
@@ -32,14 +40,17 @@ _EVEN = 1.25  # with rows padded to the busiest expert's, at most so many times 
 class Plan:
     """Where each assignment (token, choice) lies in the buffer sorted by expert."""
 
+    k: int
+    """Assignments a token has."""
     slot: Tensor
-    """[N·K] int64: row of assignment n·K + k."""
-    source: Tensor
-    """[P] int64: token that a row holds; padding rows hold token 0 and are never read."""
+    """[N·K] int32: row of assignment n·K + k."""
+    assignment: Tensor
+    """[P] int32: the assignment that a row holds; -1 in padding rows, whose weight is 0."""
     ends: Tensor
-    """[E] int32: end of each expert's rows."""
+    """[E] int32: end of each expert's rows, padding included."""
     bounds: list[int] | None
-    """The same as E + 1 Python numbers on CPU; None on a GPU, where reading them would stop the device."""
+    """The same as E + 1 Python numbers on CPU; None on a GPU, where reading them would stop the device, and inside
+    torch.compile, which they would cut in two."""
 
     def host_bounds(self) -> list[int]:
         """``bounds``; on a GPU this waits for the device."""
@@ -52,67 +63,132 @@ class Plan:
 
 def plan(indices: Tensor, n_experts: int, dtype: torch.dtype) -> Plan:
     """Sorts assignments by expert, keeping token order within each. ``indices`` [N, K] int64; ``dtype`` of the work."""
-    flat = indices.reshape(-1)
-    counts = torch.bincount(flat, minlength=n_experts)
-    on_cpu = flat.device.type == "cpu"
+    flat, k = indices.reshape(-1).contiguous(), indices.shape[1]
+    if flat.device.type != "cpu" or torch.compiler.is_compiling():
+        return plan_on_device(indices, n_experts)
+    compiled = native.library() is not None
+    counts = native.expert_counts(flat, n_experts) if compiled else torch.bincount(flat, minlength=n_experts)
     padded = counts
-    if on_cpu and dtype in (torch.bfloat16, torch.float16):
+    if dtype in (torch.bfloat16, torch.float16):
         padded = (counts + _BF16_ROWS - 1) // _BF16_ROWS * _BF16_ROWS
         if padded.max() * n_experts <= _EVEN * flat.numel():
             padded = padded.max().expand(n_experts)
     ends = padded.cumsum(0)
-    bounds = [0, *ends.tolist()] if on_cpu else None
-    order = flat.argsort(stable=True)
+    bounds = [0, *ends.tolist()]
+    if compiled:
+        slot, assignment = native.expert_places(flat, ends - padded, bounds[-1])
+    else:
+        slot, assignment = _places(*_sorted(flat), counts, ends - padded, bounds[-1])
+    return Plan(k, slot, assignment, ends.to(torch.int32), bounds)
+
+
+def plan_on_device(indices: Tensor, n_experts: int, multiple: int = _GPU_ROWS) -> Plan:
+    """The same without a word from the device: each expert's rows padded to a ``multiple``, the buffer as long as that
+    can come to at most, N·K + E·(multiple - 1) rounded up."""
+    flat, k = indices.reshape(-1), indices.shape[1]
+    experts, order = _sorted(flat)
+    # How many stand below each expert's end is a binary search; bincount would read its result on the host.
+    numbers = torch.arange(n_experts, dtype=experts.dtype, device=flat.device)
+    counts = torch.searchsorted(experts, numbers, right=True).diff(prepend=flat.new_zeros(1))
+    padded = (counts + multiple - 1) // multiple * multiple
+    ends = padded.cumsum(0)
+    most = -(-(flat.numel() + n_experts * (multiple - 1)) // multiple) * multiple
+    return Plan(k, *_places(experts, order, counts, ends - padded, most), ends.to(torch.int32), None)
+
+
+def _sorted(flat: Tensor) -> tuple[Tensor, Tensor]:
+    """The experts in order and where each stood; 16 bits of key are half the sorting passes of 32 on a GPU."""
+    experts, order = torch.sort(flat.to(torch.int16), stable=True)
+    return experts, order
+
+
+def _places(experts: Tensor, order: Tensor, counts: Tensor, starts: Tensor, rows: int) -> tuple[Tensor, Tensor]:
     # Row of the i-th sorted assignment: its expert's start plus its rank among that expert's assignments.
-    shift = (ends - padded) - (counts.cumsum(0) - counts)
-    rows = torch.arange(flat.numel(), device=flat.device) + shift[flat[order]]
-    slot = torch.empty_like(flat).index_copy_(0, order, rows)
-    total = bounds[-1] if bounds is not None else flat.numel()
-    source = flat.new_zeros(total).index_copy_(0, rows, order // indices.shape[1])
-    return Plan(slot, source, ends.to(torch.int32), bounds)
+    shift = starts - (counts.cumsum(0) - counts)
+    row = torch.arange(len(order), device=order.device) + shift.index_select(0, experts.to(torch.int32))
+    slot = torch.empty_like(order, dtype=torch.int32).scatter_(0, order, row.to(torch.int32))
+    assignment = torch.full((rows,), -1, dtype=torch.int32, device=order.device)
+    return slot, assignment.scatter_(0, row, order.to(torch.int32))
 
 
 class _Gather(torch.autograd.Function):
+    """x[assignment // k]; backward: the sum over a token's rows."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, slot: Tensor, source: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, slot: Tensor, assignment: Tensor, k: int) -> Tensor:
         ctx.save_for_backward(slot)
-        ctx.tokens = x.shape[0]
-        return x.index_select(0, source)
+        ctx.k = k
+        return _gather(x, assignment, k)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         (slot,) = ctx.saved_tensors
-        (grad,) = grads
-        return grad.index_select(0, slot).view(ctx.tokens, -1, grad.shape[-1]).sum(1), None, None
+        return _sum(grads[0], slot, ctx.k), None, None, None
+
+
+class _Combine(torch.autograd.Function):
+    """The sum over a token's rows; backward: its gradient, gathered."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, slot: Tensor, assignment: Tensor, k: int) -> Tensor:
+        ctx.save_for_backward(assignment)
+        ctx.k = k
+        return _sum(rows, slot, k)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        (assignment,) = ctx.saved_tensors
+        return _gather(grads[0], assignment, ctx.k), None, None, None
+
+
+def _gather(x: Tensor, assignment: Tensor, k: int) -> Tensor:
+    ops: ModuleType | None = backend(x)
+    if ops is not None:
+        rows: Tensor = ops.gather_rows(x, assignment, k)
+        return rows
+    # Padding rows get token 0: their weight is 0, so neither they nor their gradients reach anything.
+    return x.index_select(0, assignment.clamp_min(0) // k)
+
+
+def _sum(rows: Tensor, slot: Tensor, k: int) -> Tensor:
+    ops: ModuleType | None = backend(rows)
+    if ops is not None:
+        out: Tensor = ops.sum_rows(rows, slot, k)
+        return out
+    return rows.index_select(0, slot).unflatten(0, (-1, k)).sum(1)
 
 
 def gather(x: Tensor, where: Plan) -> Tensor:
     """Rows of ``x`` [N, D] in expert order, [P, D]."""
-    return _Gather.apply(x, where.slot, where.source)
+    out: Tensor = _Gather.apply(x, where.slot, where.assignment, where.k)
+    return out
 
 
-class _Combine(torch.autograd.Function):
+def combine(rows: Tensor, where: Plan) -> Tensor:
+    """Sum of each token's expert outputs, which carry their weights already: ``rows`` [P, D] -> [N, D]."""
+    out: Tensor = _Combine.apply(rows, where.slot, where.assignment, where.k)
+    return out
+
+
+class _RowWeights(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, weights: Tensor, slot: Tensor) -> Tensor:
-        ctx.save_for_backward(rows, weights, slot)
-        picked = rows.index_select(0, slot).view(*weights.shape, rows.shape[-1])
-        return torch.bmm(weights.unsqueeze(1), picked).squeeze(1)
+    def forward(ctx: Any, weights: Tensor, slot: Tensor, assignment: Tensor) -> Tensor:
+        ctx.save_for_backward(slot)
+        ctx.shape = weights.shape
+        return weights.reshape(-1).index_select(0, assignment.clamp_min(0)).masked_fill(assignment < 0, 0)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
-        rows, weights, slot = ctx.saved_tensors
-        (grad,) = grads
-        picked = rows.index_select(0, slot).view(*weights.shape, rows.shape[-1])
-        grad_weights = torch.bmm(picked, grad.unsqueeze(-1)).squeeze(-1)
-        spread = (weights.unsqueeze(-1) * grad.unsqueeze(1)).view(-1, rows.shape[-1])
-        return torch.zeros_like(rows).index_copy_(0, slot, spread), grad_weights, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return grads[0].index_select(0, *ctx.saved_tensors).view(ctx.shape), None, None
 
 
-def combine(rows: Tensor, weights: Tensor, where: Plan) -> Tensor:
-    """Weighted sum of each token's expert outputs: ``rows`` [P, D], ``weights`` [N, K] of the same dtype -> [N, D]."""
-    return _Combine.apply(rows, weights, where.slot)
+def row_weights(weights: Tensor, where: Plan) -> Tensor:
+    """Each row's routing weight: ``weights`` [N, K] -> [P], 0 in padding rows."""
+    out: Tensor = _RowWeights.apply(weights, where.slot, where.assignment)
+    return out
 
 
 class _GroupedLinear(torch.autograd.Function):
@@ -171,9 +247,11 @@ def grouped_linear(x: Tensor, weight: Tensor, where: Plan) -> Tensor:
     On a GPU this is torch's grouped matmul where the dtype and sizes allow it (BF16, rows of a multiple of 16 bytes),
     and needs no word from the device; elsewhere one matrix product an expert.
     """
-    if where.bounds is None and x.dtype == torch.bfloat16 and x.shape[1] % 8 == 0 and weight.shape[1] % 8 == 0:
+    in_one_call = x.dtype == torch.bfloat16 or torch.compiler.is_compiling()
+    if where.bounds is None and in_one_call and x.shape[1] % 8 == 0 and weight.shape[1] % 8 == 0:
         return F.grouped_mm(x, weight.transpose(1, 2), offs=where.ends)
-    return _GroupedLinear.apply(x, weight, where.host_bounds())
+    out: Tensor = _GroupedLinear.apply(x, weight, where.host_bounds())
+    return out
 
 
 def experts_reference(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:

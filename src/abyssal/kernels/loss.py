@@ -1,7 +1,7 @@
 """Cross-entropy of a linear head, in chunks: the [N, V] logits never stand in memory whole, nor their gradient.
 
-The gradient is worked out chunk by chunk in the forward pass, while the logits are at hand, so nothing is computed
-twice; the price is that hidden and head gradients (each as large as its tensor) are held until the backward pass.
+The gradient is worked out chunk by chunk in the forward pass, in the place of the logits, so nothing is computed twice;
+the price is that hidden and head gradients (each as large as its tensor) are held until the backward pass.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from abyssal.kernels.backend import backend, product_dtype
+
 IGNORED = -100
-_CHUNK_VALUES = 2**21  # logits at a time: 8 MB in FP32; at least 256 rows, for the sake of the products
+_CHUNK_VALUES = 2**24  # logits at a time: 32 MB in BF16; at least 256 rows, for the sake of the products
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -32,22 +34,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=precise, device=hidden.device)
         head = weight.to(dtype)
         grad_hidden = torch.empty_like(hidden) if wants[0] else None
-        grad_weight = torch.zeros_like(weight, dtype=precise) if wants[1] else None
+        whole = chunk >= hidden.shape[0]  # then the head's gradient is one product; else several, added in FP32
+        grad_weight = None if whole or not wants[1] else torch.zeros_like(weight, dtype=precise)
         for start in range(0, hidden.shape[0], chunk):
             h = hidden[start : start + chunk].to(dtype)
-            target = targets[start : start + chunk]
-            counted = (target != IGNORED).unsqueeze(1)
-            index = target.unsqueeze(1).masked_fill(~counted, 0)  # any other number outside 0…V-1 fails below
-            log_p = (h @ head.t()).to(precise).log_softmax(-1)
-            total -= (log_p.gather(1, index) * counted).sum()
-            if any(wants):
-                # d(-log p_target)/d(logits) = softmax - one_hot(target)
-                grad = log_p.exp_().scatter_add_(1, index, torch.full_like(index, -1, dtype=precise)).mul_(counted)
-                grad = grad.to(dtype)
+            logits = h @ head.t()
+            total += _cross_entropy_(logits, targets[start : start + chunk])
             if grad_hidden is not None:
-                grad_hidden[start : start + chunk] = grad @ head
-            if grad_weight is not None:
-                grad_weight += (grad.t() @ h).to(precise)
+                grad_hidden[start : start + chunk] = logits @ head
+            if wants[1]:
+                part = logits.t() @ h
+                grad_weight = part if grad_weight is None else grad_weight.add_(part)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         return total
@@ -60,8 +57,24 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if grad_hidden is not None:
             grad_hidden = grad_hidden * scale.to(grad_hidden.dtype)
         if grad_weight is not None:
-            grad_weight = (grad_weight * scale).to(ctx.weight_dtype)
+            grad_weight = grad_weight.to(ctx.weight_dtype) * scale.to(ctx.weight_dtype)
         return grad_hidden, grad_weight, None, None, None, None
+
+
+def _cross_entropy_(logits: Tensor, targets: Tensor) -> Tensor:
+    """Σ −log softmax(logits)[target] over the targets that count; ``logits`` [n, V] become its gradient."""
+    ops = backend(logits)
+    if ops is not None:
+        nats: Tensor = ops.cross_entropy_(logits, targets, IGNORED)
+        return nats
+    counted = (targets != IGNORED).unsqueeze(1)
+    index = targets.unsqueeze(1).masked_fill(~counted, 0)  # any other number outside 0…V-1 fails below
+    log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+    nats = -(log_p.gather(1, index) * counted).sum()
+    # d(-log p_target)/d(logits) = softmax - one_hot(target)
+    grad = log_p.exp_().scatter_add_(1, index, torch.full_like(index, -1, dtype=log_p.dtype)).mul_(counted)
+    logits.copy_(grad)
+    return nats
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk: int | None = None) -> Tensor:
@@ -71,13 +84,12 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, chu
     the autocast dtype where autocast is on, else in ``hidden``'s; softmax and sums in FP32 (FP64 for FP64 input).
     """
     if chunk is None:
-        chunk = min(max(_CHUNK_VALUES // weight.shape[0], 256), 2048)
-    device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        chunk = max(_CHUNK_VALUES // weight.shape[0], 256)
+    dtype = product_dtype(hidden)
     # Asked here: inside an autograd function gradients are off, and a weight under no_grad still says requires_grad.
     enabled = torch.is_grad_enabled()
     wants = (enabled and hidden.requires_grad, enabled and weight.requires_grad)
-    with torch.autocast(device, enabled=False):
+    with torch.autocast(hidden.device.type, enabled=False):
         loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, dtype, chunk, wants)
     return loss
 

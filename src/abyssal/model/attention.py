@@ -33,10 +33,11 @@ from torch import Tensor, nn
 
 from abyssal.config import MHAConfig, MLAConfig, ModelConfig
 from abyssal.kernels.attention import attention
+from abyssal.kernels.heads import keys_values, rotate, turn_heads
 from abyssal.model.cache import LayerCache
 from abyssal.model.fp8 import dense_weight
 from abyssal.model.layers import RMSNorm
-from abyssal.model.rotary import attention_mscale, rotate
+from abyssal.model.rotary import attention_mscale
 
 # The norms inside the low-rank projections have this eps in the published code, whatever rms_norm_eps says.
 LATENT_NORM_EPS = 1e-6
@@ -124,11 +125,10 @@ class Queries(nn.Module):
             self.q_b_proj = nn.Linear(a.q_lora_rank, self.heads * a.qk_head_dim, bias=False)
         self.compressed = a.q_lora_rank is not None
 
-    def queries(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
-        """q^C [B, T, H, N] and q^R [B, T, H, R], the latter turned by position."""
+    def queries(self, x: Tensor, context: Context) -> Tensor:
+        """[q^C ; q^R] of every head, the latter turned by position: [B, T, D] -> [B, H, T, N + R]."""
         q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))) if self.compressed else self.q_proj(x)
-        q_nope, q_rope = q.unflatten(-1, (self.heads, -1)).split((self.nope, self.rope_dim), dim=-1)
-        return q_nope, rotate(q_rope, context.rope, self.interleaved)
+        return turn_heads(q.unflatten(-1, (self.heads, -1)), context.rope, self.interleaved)
 
 
 class LatentAttention(Queries):
@@ -154,45 +154,40 @@ class LatentAttention(Queries):
         self, x: Tensor, context: Context, cache: LayerCache | None = None, absorb: bool | None = None
     ) -> Tensor:
         """``absorb`` chooses the path; None: expanded without a cache, else whichever multiplies less."""
-        q_nope, q_rope = self.queries(x, context)
+        q = self.queries(x, context)
         latent, k_rope = self.kv_a_proj_with_mqa(x).split((self.latent, self.rope_dim), dim=-1)
         latent = self.kv_a_layernorm(latent)  # (1)
-        k_rope = rotate(k_rope.unsqueeze(2), context.rope, self.interleaved).squeeze(2)  # (3)
+        k_rope = turn_heads(k_rope.unsqueeze(2), context.rope, self.interleaved).squeeze(1)  # (3)
         if cache is None:
             if absorb:
-                out = self._absorbed(q_nope, q_rope, torch.cat((latent, k_rope), dim=-1), context)
+                out = self._absorbed(q, torch.cat((latent, k_rope), dim=-1), context)
             else:
-                out = self._attend(q_nope, q_rope, *self._keys_values(latent, k_rope), context)
+                out = attend(q, *self._keys_values(latent, k_rope), self.scale, context)
         elif cache.expanded:
-            k, v = cache.append(context.start, *self._keys_values(latent, k_rope))
-            out = self._attend(q_nope, q_rope, k, v, context)
+            new = (y.transpose(1, 2) for y in self._keys_values(latent, k_rope))
+            k, v = (y.transpose(1, 2) for y in cache.append(context.start, *new))
+            out = attend(q, k, v, self.scale, context)
         else:
             (past,) = cache.append(context.start, torch.cat((latent, k_rope), dim=-1))
             absorb = self.absorb_pays(x.shape[1]) if absorb is None else absorb
             if absorb:
-                out = self._absorbed(q_nope, q_rope, past, context)
+                out = self._absorbed(q, past, context)
             else:
                 k, v = self._keys_values(past[..., : self.latent], past[..., self.latent :])
-                out = self._attend(q_nope, q_rope, k, v, context)
+                out = attend(q, k, v, self.scale, context)
         return self.o_proj(out)  # (11)
 
     def _keys_values(self, latent: Tensor, k_rope: Tensor) -> tuple[Tensor, Tensor]:
-        """Every head's key [B, S, H, N + R] and value [B, S, H, V] from latents, eq. (2), (4), (5)."""
-        expanded = self.kv_b_proj(latent).unflatten(-1, (self.heads, -1))
-        k_nope, v = expanded.split((self.nope, self.v_dim), dim=-1)
-        k_rope = k_rope.to(k_nope.dtype).unsqueeze(2).expand(-1, -1, self.heads, -1)
-        return torch.cat((k_nope, k_rope), dim=-1), v
+        """Every head's key [B, H, S, N + R] and value [B, H, S, V] from latents, eq. (2), (4), (5)."""
+        return keys_values(self.kv_b_proj(latent).unflatten(-1, (self.heads, -1)), k_rope, self.nope)
 
-    def _attend(self, q_nope: Tensor, q_rope: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
-        q = torch.cat((q_nope, q_rope), dim=-1)
-        return attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), self.scale, context)
-
-    def _absorbed(self, q_nope: Tensor, q_rope: Tensor, past: Tensor, context: Context) -> Tensor:
+    def _absorbed(self, q: Tensor, past: Tensor, context: Context) -> Tensor:
         """``past`` [B, S, C + R]: latents and rotary keys side by side, as they are cached."""
-        w = dense_weight(self.kv_b_proj, q_nope.dtype).unflatten(0, (self.heads, -1))
+        w = dense_weight(self.kv_b_proj, q.dtype).unflatten(0, (self.heads, -1))
         w_uk, w_uv = w.split((self.nope, self.v_dim), dim=1)  # [H, N, C], [H, V, C]
-        batch, queries = q_nope.shape[:2]
-        q = torch.cat((torch.einsum("bthn,hnc->bhtc", q_nope, w_uk), q_rope.transpose(1, 2)), dim=-1)
+        batch, queries = q.shape[0], q.shape[2]
+        q_nope, q_rope = q.split((self.nope, self.rope_dim), dim=-1)
+        q = torch.cat((torch.einsum("bhtn,hnc->bhtc", q_nope, w_uk), q_rope), dim=-1)
         # All heads share one key, which is also the value: every head's queries are rows of a single head. The rotary
         # columns ride along in the value and are dropped, which is cheaper than copying the latents out of the cache.
         rows = q.reshape(batch, 1, self.heads * queries, -1)

@@ -70,6 +70,14 @@ class Block(nn.Module):
             recorder.record(self.layer, _with_valid(routing, valid))
         return x + run(self.mlp, h, routing)
 
+    def compile_parts(self) -> None:
+        """Has torch.compile compile attention, router and feed-forward at their next call, each for itself: routing is
+        recorded and activations are recomputed between them, outside of what is compiled."""
+        self.self_attn.compile(dynamic=False)
+        if isinstance(self.mlp, MoE):
+            self.mlp.gate.compile(dynamic=False)
+        self.mlp.compile(dynamic=False)
+
     def _attend(self, x: Tensor, context: Context, cache: LayerCache | None) -> Tensor:
         out: Tensor = self.self_attn(self.input_layernorm(x), context, cache)
         return out

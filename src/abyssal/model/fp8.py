@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from abyssal.errors import UserError
-from abyssal.kernels import fp8
+from abyssal.kernels import fp8, grouped
+from abyssal.kernels.backend import product_dtype
+from abyssal.kernels.fused import swiglu
 from abyssal.kernels.grouped import Plan
 from abyssal.model.layers import KeepsDtype
 from abyssal.model.moe import Experts
@@ -55,13 +57,22 @@ class FP8Experts(Experts, KeepsDtype):
             self.register_buffer(f"{name}_proj", torch.empty(stored, dtype=torch.float8_e4m3fn))
             self.register_buffer(f"{name}_scale_inv", torch.empty(fp8.scale_shape(shape), dtype=torch.float32))
 
-    def gate_up(self, rows: Tensor, where: Plan) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+        # Routing weights come last here, as where published FP8 models are served: what a product is given decides how
+        # it is rounded.
+        dtype = product_dtype(x)
+        where = grouped.plan(indices, len(self.down_proj), dtype)
+        rows = self.down(swiglu(self.gate_up(grouped.gather(x.to(dtype), where), where)), where)
+        return grouped.combine(rows * grouped.row_weights(weights, where).to(rows.dtype).unsqueeze(-1), where)
+
+    def gate_up(self, rows: Tensor, where: Plan) -> Tensor:
         width = self.down_proj.shape[-1]
         gate, up = self.gate_up_proj[:, :width], self.gate_up_proj[:, width:]
-        return (
+        products = (
             self._product(rows, gate, self.gate_up_scale_inv[:, 0], where),
             self._product(rows, up, self.gate_up_scale_inv[:, 1], where),
         )
+        return torch.cat(products, dim=-1)
 
     def down(self, rows: Tensor, where: Plan) -> Tensor:
         return self._product(rows, self.down_proj, self.down_scale_inv, where)

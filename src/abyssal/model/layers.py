@@ -6,8 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from abyssal.kernels.backend import product_dtype
+from abyssal.kernels.fused import rms_norm, swiglu
 
 
 class KeepsDtype(nn.Module):
@@ -29,7 +31,10 @@ class KeepsDtype(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) · weight over the last dimension, in FP32 inside (arXiv 1910.07467); dtype of ``x`` kept."""
+    """x / rms(x) · weight over the last dimension, in FP32 inside (arXiv 1910.07467).
+
+    The dtype of ``x`` is kept; under autocast it is autocast's, since what follows a norm is always a product.
+    """
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -37,7 +42,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, (x.shape[-1],), self.weight.to(x.dtype), self.eps)
+        return rms_norm(x, self.weight, self.eps, product_dtype(x))
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps}"
@@ -53,5 +58,5 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        out: Tensor = self.down_proj(swiglu(torch.cat((self.gate_proj(x), self.up_proj(x)), dim=-1)))
         return out

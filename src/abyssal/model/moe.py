@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from abyssal.config import MoEConfig
 from abyssal.kernels import grouped
+from abyssal.kernels.backend import product_dtype
+from abyssal.kernels.fused import swiglu
 from abyssal.model.layers import MLP
 from abyssal.model.router import Router, Routing
 
@@ -27,17 +28,16 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         """``x`` [N, D], ``indices`` [N, K], ``weights`` [N, K] -> weighted sum of expert outputs [N, D]."""
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        dtype = product_dtype(x)
         where = grouped.plan(indices, self.gate_up_proj.shape[0], dtype)
-        gate, up = self.gate_up(grouped.gather(x.to(dtype), where), where)
-        rows = self.down(F.silu(gate) * up, where)
-        return grouped.combine(rows, weights.to(dtype), where)
+        rows = grouped.gather(x.to(dtype), where)
+        # An expert's weight goes in before its last product, which is linear: what is left then is a plain sum.
+        hidden = swiglu(self.gate_up(rows, where), grouped.row_weights(weights, where))
+        return grouped.combine(self.down(hidden, where), where)
 
-    def gate_up(self, rows: Tensor, where: grouped.Plan) -> tuple[Tensor, Tensor]:
-        """Both first products of ``rows`` [P, D], each [P, F]."""
-        gate, up = grouped.grouped_linear(rows, self.gate_up_proj.to(rows.dtype), where).chunk(2, dim=-1)
-        return gate, up
+    def gate_up(self, rows: Tensor, where: grouped.Plan) -> Tensor:
+        """Both first products of ``rows`` [P, D], side by side: [P, 2F]."""
+        return grouped.grouped_linear(rows, self.gate_up_proj.to(rows.dtype), where)
 
     def down(self, rows: Tensor, where: grouped.Plan) -> Tensor:
         """The second product of ``rows`` [P, F], [P, D]."""

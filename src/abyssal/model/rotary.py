@@ -59,13 +59,3 @@ def rotary_tables(rope: RopeConfig, dim: int, positions: Tensor, dtype: torch.dt
         yarn = rope.yarn
         scale = yarn_mscale(yarn.factor, yarn.mscale) / yarn_mscale(yarn.factor, yarn.mscale_all_dim)
     return (angles.cos() * scale).unsqueeze(2), (angles.sin() * scale).unsqueeze(2)
-
-
-def rotate(x: Tensor, tables: tuple[Tensor, Tensor], interleaved: bool) -> Tensor:
-    """``x`` [B, T, H, R] turned by its position: pairs (x0,x1), (x2,x3), … or (x0,x_{R/2}), …; dtype of ``x`` kept."""
-    cos, sin = tables
-    if interleaved:
-        a, b = x.to(cos.dtype).unflatten(-1, (-1, 2)).unbind(-1)
-        return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2).to(x.dtype)
-    a, b = x.to(cos.dtype).chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).to(x.dtype)

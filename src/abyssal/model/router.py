@@ -40,7 +40,9 @@ class Routing:
     def load(self) -> Tensor:
         """[E] int64: how many assignments each expert got from real tokens."""
         indices = self.indices if self.valid is None else self.indices[self.valid]
-        return torch.bincount(indices.reshape(-1), minlength=self.scores.shape[-1])
+        flat = indices.reshape(-1)
+        # Not bincount: on a GPU it reads its result's size back.
+        return flat.new_zeros(self.scores.shape[-1]).scatter_add_(0, flat, torch.ones_like(flat))
 
 
 class Recorder(Protocol):

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from abyssal.config import ModelConfig, MoEConfig, SeparateLatentsConfig
+from abyssal.kernels.heads import rotate
 from abyssal.model.attention import LATENT_NORM_EPS, Context, Queries, attend
 from abyssal.model.cache import LayerCache
 from abyssal.model.layers import MLP, RMSNorm
 from abyssal.model.moe import Experts, MoE
-from abyssal.model.rotary import rotate
 from abyssal.model.router import Router, Routing
 
 
@@ -59,7 +59,7 @@ class SeparateLatentAttention(Queries):
         self.o_proj = nn.Linear(heads * self.v_dim, hidden, bias=attention.bias)
 
     def forward(self, x: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
-        q = torch.cat(self.queries(x, context), dim=-1)
+        q = self.queries(x, context)
         latents = (self.k_a_layernorm(self.k_a_proj(x)), self.v_a_layernorm(self.v_a_proj(x)))
         if cache is None:
             k, v = self._keys_values(*latents, context.rope)
@@ -69,7 +69,7 @@ class SeparateLatentAttention(Queries):
             assert context.key_rope is not None
             past = cache.append(context.start, *latents)
             k, v = self._keys_values(past[0], past[1], context.key_rope)
-        out = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), self.scale, context)
+        out = attend(q, k.transpose(1, 2), v.transpose(1, 2), self.scale, context)
         return self.o_proj(out)
 
     def _keys_values(self, k_latent: Tensor, v_latent: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
+from itertools import accumulate
+from pathlib import Path
 
 import torch
 
@@ -50,7 +53,7 @@ def describe(device: torch.device, dtype: torch.dtype) -> dict[str, object]:
         "device_name": name,
         "dtype": str(dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": _cores(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -63,6 +66,62 @@ def _cpu_name() -> str:
             return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
+
+
+def suitable_threads(root: Path = Path("/")) -> int:
+    """Threads that this process can run at once: the cores it may use, or the container's CPU quota where that is less
+    (rounded up). OMP_NUM_THREADS, where set, has the last word.
+
+    torch counts the machine's cores. In a container with a quota its threads then use up in a moment what is meant for
+    the whole period, and stand still for the rest of it. ``root`` is where /proc and /sys are looked for.
+    """
+    wanted = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
+    if wanted.isdecimal() and int(wanted) > 0:
+        return int(wanted)
+    quotas = [math.ceil(quota) for group in _cgroups(root) if (quota := _quota(group)) is not None]
+    return min([_cores(), *quotas])
+
+
+def limit_threads() -> None:
+    """Gives torch no more threads than are suitable here; fewer stay fewer."""
+    torch.set_num_threads(min(torch.get_num_threads(), suitable_threads()))
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _cgroups(root: Path) -> list[Path]:
+    """Folders of this process's CPU control groups, v2 and v1, the groups above them included: each may set a quota.
+
+    In a container /proc may name the group as the host sees it, while the container sees it as the root of what is
+    mounted; a folder that is not there has no quota.
+    """
+    try:
+        lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+    found: list[Path] = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        mounted = root / "sys/fs/cgroup" / ("cpu" if controllers else "")  # v2 names no controllers here
+        found += accumulate(Path(path.lstrip("/")).parts, lambda folder, part: folder / part, initial=mounted)
+    return found
+
+
+def _quota(group: Path) -> float | None:
+    """CPUs that a control group may use; None: as many as there are."""
+    try:
+        if (group / "cpu.max").is_file():
+            quota, period = (group / "cpu.max").read_text(encoding="ascii").split()  # v2: "max 100000" is no quota
+        else:
+            quota, period = ((group / f"cpu.cfs_{name}_us").read_text(encoding="ascii") for name in ("quota", "period"))
+        cpus = int(quota) / int(period)
+    except (OSError, ValueError, ZeroDivisionError):
+        return None
+    return cpus if cpus > 0 else None  # v1: -1 is no quota
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:

@@ -47,18 +47,21 @@ def compute_losses(
     mtp: bool = True,
     recorder: Recorder | None = None,
     recompute: bool = False,
+    counts: list[int] | None = None,
 ) -> Losses:
-    """Losses of ``batch`` (tokens [B, ≥ length + 1 + MTP depth]) as sums in nats with their token counts."""
+    """Losses of ``batch`` (tokens [B, ≥ length + 1 + MTP depth]) as sums in nats with their token counts.
+
+    ``counts`` is what :func:`count_targets` gave for it; without, they are read from the device, which is waited for.
+    """
     hidden = [model.hidden(batch.tokens[:, :length], recorder=recorder, recompute=recompute)]
     if mtp and model.mtp_modules:
         tokens = batch.tokens[:, : length + len(model.mtp_modules)]
         hidden += model.mtp_hidden(hidden[0], tokens, recorder=recorder, recompute=recompute)
-    nats, counts = [], []
-    for depth, h in enumerate(hidden):
-        target = targets(batch, length, depth)
-        nats.append(linear_cross_entropy(h.flatten(0, 1), model.lm_head.weight, target.flatten()))
-        counts.append(int((target != IGNORED).sum()))
-    return Losses(nats, counts)
+    nats = [
+        linear_cross_entropy(h.flatten(0, 1), model.lm_head.weight, targets(batch, length, depth).flatten())
+        for depth, h in enumerate(hidden)
+    ]
+    return Losses(nats, count_targets(batch, length, len(hidden) - 1) if counts is None else counts)
 
 
 def total_loss(losses: Losses, step_counts: list[int], mtp_weight: float) -> Tensor:

@@ -1,22 +1,98 @@
-"""AdamW and the learning rate's schedule."""
+"""The optimizers, and the learning rate's schedule."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
+from abyssal.kernels.adamw import EightBit, Moment, adamw_
 from abyssal.model import Transformer
 from abyssal.training.recipe import OptimizerConfig, ScheduleConfig
 
+TINY = 4096  # numbers; a tensor of fewer keeps FP32 moments where others have 8 bits
 
-def build_optimizer(model: Transformer, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over all parameters, fused; weight decay on matrices (experts included), none on norms and biases."""
+
+class AdamW(torch.optim.Optimizer):
+    """AdamW (arXiv 1711.05101) for weights that are FP32, or BF16 with the rest of their master in the state
+    (:mod:`abyssal.training.weights`).
+
+    State of a parameter: ``step``; ``exp_avg`` and ``exp_avg_sq``, in FP32 or what the recipe's ``optimizer.state``
+    says (8 bits: each with an ``…_scale``, and the root of ``exp_avg_sq`` in its place); ``low`` beside a BF16 weight.
+    """
+
+    def __init__(self, groups: Iterable[dict[str, Any]], config: OptimizerConfig) -> None:
+        super().__init__(groups, {"lr": config.lr, "weight_decay": 0.0})
+        self.config = config
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter] = {"step": torch.zeros(())}
+                for key in self.moments_of(group):
+                    self.state[parameter] |= _zeros(key, parameter, config.state)
+
+    def moments_of(self, group: dict[str, Any]) -> tuple[str, ...]:
+        """Names of the moments that the parameters of ``group`` have."""
+        return ("exp_avg", "exp_avg_sq")
+
+    @torch.no_grad()
+    def step(self, scale: float | Tensor = 1.0) -> None:  # type: ignore[override]
+        """Updates every parameter that has a gradient, and drops the gradient. ``scale`` multiplies gradients; a tensor
+        that holds NaN turns the update off (:func:`abyssal.kernels.adamw.adamw_`)."""
+        for group in self.param_groups:
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            for parameter in parameters:
+                self.state[parameter]["step"] += 1
+            self.update(parameters, group, scale)
+
+    def update(self, parameters: list[nn.Parameter], group: dict[str, Any], scale: float | Tensor) -> None:
+        """Updates ``parameters``, which are of ``group`` and have gradients."""
+        c = self.config
+        for parameter in parameters:
+            state = self.state[parameter]
+            assert parameter.grad is not None
+            adamw_(
+                parameter,
+                state.get("low"),
+                parameter.grad,
+                moment(state, "exp_avg"),
+                moment(state, "exp_avg_sq"),
+                lr=group["lr"],
+                beta1=c.beta1,
+                beta2=c.beta2,
+                eps=c.eps,
+                weight_decay=group["weight_decay"],
+                step=int(state["step"]),
+                scale=scale,
+            )
+            parameter.grad = None
+
+
+def moment(state: dict[str, Tensor], key: str) -> Moment:
+    """The moment ``key`` of a parameter's state, to be worked on."""
+    return EightBit(state[key], state[f"{key}_scale"]) if f"{key}_scale" in state else state[key]
+
+
+def _zeros(key: str, parameter: Tensor, kind: str) -> dict[str, Tensor]:
+    precise = torch.promote_types(parameter.dtype, torch.float32)
+    if kind == "8bit" and precise == torch.float32 and parameter.numel() >= TINY:
+        zeros = EightBit.zeros(parameter)
+        return {key: zeros.values, f"{key}_scale": zeros.scales}
+    dtype = torch.bfloat16 if kind == "bfloat16" else precise
+    return {key: torch.zeros(parameter.shape, dtype=dtype, device=parameter.device)}
+
+
+def build_optimizer(model: Transformer, config: OptimizerConfig) -> AdamW:
+    """The optimizer of all parameters. Weight decay is for matrices (experts included), not for norms and biases."""
+    if config.name == "muon":
+        from abyssal.training.muon import build_muon
+
+        return build_muon(model, config)
     decayed = [p for p in model.parameters() if p.ndim >= 2]
     plain = [p for p in model.parameters() if p.ndim < 2]
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    fused = next(model.parameters()).device.type in ("cpu", "cuda", "mps")
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=fused)
+    return AdamW([{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain}], config)
 
 
 def learning_rate(step: int, steps: int, lr: float, schedule: ScheduleConfig) -> float:

@@ -32,8 +32,11 @@ class DataConfig(Config):
 class TrainConfig(Config):
     """How much and in what pieces. A step takes batch_size · accumulate sequences of sequence_length tokens.
 
-    ``dtype``: what matrix products run in (``auto``: bfloat16 where the hardware has it); weights, optimizer and
-    router stay FP32. ``mtp_weight`` is λ of the V3 paper's eq. 25. ``recompute`` trades time for activation memory.
+    ``dtype``: what matrix products run in (``auto``: bfloat16 where the hardware has it); the router, and the master
+    weights that the optimizer works on, are FP32 in any case. ``fp8``: linear layers and experts multiply in FP8 as
+    V3 did (its paper, §3.3); without FP8 hardware the same rounding is worked out in ``dtype``, slowly. ``mtp_weight``
+    is λ of the V3 paper's eq. 25. ``recompute`` trades time for activation memory. ``compile``: torch.compile for the
+    parts of each block, a minute or more at the start; for GPUs, since on a CPU the package's own kernels are faster.
     """
 
     steps: PositiveInt
@@ -44,18 +47,29 @@ class TrainConfig(Config):
     mtp_weight: NonNegativeFloat = 0.3
     seed: int = Field(default=1234, ge=0, lt=2**63)
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    fp8: bool = False
     device: str = "auto"
     recompute: bool = False
+    compile: bool = False
 
 
 class OptimizerConfig(Config):
-    """AdamW (arXiv 1711.05101); weight decay on matrices only."""
+    """``name``: ``adamw`` (arXiv 1711.05101), or ``muon`` as Moonlight has it (arXiv 2502.16982): Muon for the matrices
+    of linear layers, router and experts, AdamW for embedding, head, norms and biases, all at the same ``lr``.
 
+    ``weight_decay`` is for matrices only. ``momentum`` is Muon's; ``beta1``, ``beta2`` and ``eps`` are AdamW's.
+    ``state``: what moments are kept in. ``float32``: 8 bytes a weight with AdamW, 4 with Muon; ``bfloat16``: half of
+    that, as V3 was trained (its paper, §3.3.3); ``8bit``: a quarter (E4M3, with a scale for every 128 numbers).
+    """
+
+    name: Literal["adamw", "muon"] = "adamw"
     lr: PositiveFloat
     beta1: float = Field(default=0.9, ge=0, lt=1)
     beta2: float = Field(default=0.95, ge=0, lt=1)
     eps: PositiveFloat = 1e-8
+    momentum: float = Field(default=0.95, ge=0, lt=1)
     weight_decay: NonNegativeFloat = 0.1
+    state: Literal["float32", "bfloat16", "8bit"] = "float32"
 
 
 class ScheduleConfig(Config):

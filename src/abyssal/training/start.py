@@ -174,7 +174,9 @@ def _difference(stored: Recipe, recipe: Recipe) -> str | None:
 def _comparable(recipe: Recipe) -> dict[str, Any]:
     data = recipe.model_dump(exclude=set(_MAY_CHANGE))
     data["model"] = recipe.model_config_resolved().model_dump(exclude={"published"})
-    del data["training"]["steps"], data["training"]["device"], data["data"]["cache"]
+    del data["data"]["cache"]
+    for key in ("steps", "device", "compile"):
+        del data["training"][key]
     return data
 
 

@@ -1,7 +1,12 @@
 """One optimizer step, in order:
 
-for each micro-batch: forward, loss (+ balancers' terms), backward → clip → optimizer
+for each micro-batch: forward, loss (+ balancers' terms), backward → norm of the gradient, clipping → optimizer
 → balancers move the biases by the whole step's load
+
+With ``dtype`` BF16 the weights that only products read are BF16 meanwhile (:mod:`abyssal.training.weights`).
+
+On a GPU nothing here waits for the device: what a step came to stays there until somebody reads it. So it is not known
+at once whether a number was not finite; a flag on the device then keeps this and every later step from being applied.
 """
 
 from __future__ import annotations
@@ -9,29 +14,20 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from abyssal.data.loader import Batch
+from abyssal.kernels.adamw import total_norm
 from abyssal.model import RoutingRecorder, Transformer
+from abyssal.training import weights
 from abyssal.training.balance import build_balancers
 from abyssal.training.hardware import autocast
 from abyssal.training.loss import compute_losses, count_targets, total_loss
 from abyssal.training.optimizer import build_optimizer
 from abyssal.training.recipe import BalanceConfig, OptimizerConfig
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What one step was: losses in nats a token, of the main model and of each MTP module; loads [E] by layer."""
-
-    loss: float
-    mtp_loss: list[float]
-    balance_loss: float
-    grad_norm: float
-    lr: float
-    loads: dict[int, Tensor]
 
 
 class NotFinite(ArithmeticError):
@@ -42,10 +38,59 @@ class NotFinite(ArithmeticError):
         self.what, self.value = what, value
 
 
+@dataclass(frozen=True)
+class StepResult:
+    """What one step was. Reading a figure for the first time waits for the device, if they lie on one."""
+
+    lr: float
+    loads: dict[int, Tensor]
+    """How many assignments each expert got, [E] by layer."""
+    counts: list[int]
+    """Tokens predicted, by the main model and by each MTP module."""
+    figures: Tensor
+    """[depths + 3] FP32: sums of nats by the main model and the MTP modules, balance loss, gradient's norm."""
+
+    @cached_property
+    def _numbers(self) -> list[float]:
+        numbers: list[float] = self.figures.tolist()
+        return numbers
+
+    @property
+    def loss(self) -> float:
+        """Nats a token of the main model."""
+        return self._means[0]
+
+    @property
+    def mtp_loss(self) -> list[float]:
+        """Nats a token of each MTP module."""
+        return self._means[1:]
+
+    @property
+    def balance_loss(self) -> float:
+        """What balancers added to the loss."""
+        return self._numbers[-2]
+
+    @property
+    def grad_norm(self) -> float:
+        """Norm of the gradient before clipping."""
+        return self._numbers[-1]
+
+    def check(self) -> None:
+        """Raises NotFinite where a figure is not finite."""
+        for what, value in (("loss", sum(self._means) + self.balance_loss), ("gradient norm", self.grad_norm)):
+            if not math.isfinite(value):
+                raise NotFinite(what, value)
+
+    @property
+    def _means(self) -> list[float]:
+        return [nats / max(count, 1) for nats, count in zip(self._numbers, self.counts, strict=False)]
+
+
 class TrainingStep:
     """A model, its optimizer and its balancers: called, it makes one optimizer step over some micro-batches.
 
-    ``dtype`` is what matrix products run in.
+    ``dtype`` is what matrix products run in; BF16 also changes the dtype of some of the model's parameters, until
+    :meth:`finish`.
     """
 
     def __init__(
@@ -65,21 +110,49 @@ class TrainingStep:
         self.balancers = build_balancers(balance)
         self.clip, self.mtp_weight, self.recompute = clip, mtp_weight, recompute
         self.device, self.dtype = device, dtype
+        self._waits = device.type == "cpu"  # where nothing is gained by not knowing
+        self._fault = torch.zeros((), device=device)  # NaN from the first number on that is not finite
+        self._begun = False
+        self.begin()
+
+    def begin(self) -> None:
+        """Puts the weights in the dtype that they have while training; every step does so where it is not done yet."""
+        if not self._begun and self.dtype == torch.bfloat16:
+            weights.to_bfloat16(self.model, self.optimizer)
+        self._begun = True
+
+    def finish(self) -> None:
+        """Makes all weights FP32, exactly those that the optimizer has worked on."""
+        weights.to_float32(self.model, self.optimizer)
+        self._begun = False
 
     def __call__(self, batches: Sequence[Batch], length: int, lr: float, progress: float) -> StepResult:
         """``batches`` (tokens [B, ≥ length + 1 + MTP depth]) are the micro-batches; ``progress`` is how much of the run
-        is done, 0 to 1. Raises NotFinite, with nothing changed, where the loss or the gradient is not finite."""
+        is done, 0 to 1. Where the loss or the gradient is not finite nothing changes; on a CPU this raises NotFinite,
+        else whoever reads the result has to ask (:meth:`StepResult.check`)."""
+        self.begin()
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         depths = len(self.model.mtp_modules)
         counts = [count_targets(batch, length, depths) for batch in batches]
         step_counts = [sum(column) for column in zip(*counts, strict=True)]
+        weights.sum_gradients_in_float32(self.model, len(batches) > 1)
         nats = torch.zeros(1 + depths, device=self.device)
         balance_loss = torch.zeros((), device=self.device)
         loads: dict[int, Tensor] = {}
-        for batch in batches:
+        for batch, batch_counts in zip(batches, counts, strict=True):
             recorder = RoutingRecorder()
-            loss = self._loss(batch.to(self.device), length, step_counts, recorder, nats)
+            with autocast(self.device, self.dtype):
+                losses = compute_losses(
+                    self.model,
+                    self._moved(batch),
+                    length,
+                    recorder=recorder,
+                    recompute=self.recompute,
+                    counts=batch_counts,
+                )
+            nats += torch.stack([n.detach().float() for n in losses.nats])
+            loss = total_loss(losses, step_counts, self.mtp_weight)
             for layer, routings in recorder.routings.items():
                 for routing in routings:
                     load = routing.load()
@@ -90,28 +163,38 @@ class TrainingStep:
                             balance_loss += term.detach() / len(batches)
                             loss = loss + term / len(batches)
             loss.backward()
-        # tolist and item wait for the device; from here on everything is known on the host
-        means = [n / max(count, 1) for n, count in zip(nats.tolist(), step_counts, strict=True)]
-        _check_finite("loss", sum(means) + balance_loss.item())
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip).item()
-        _check_finite("gradient norm", grad_norm)
-        self.optimizer.step()
+            del losses, loss, recorder
+        norm = total_norm([p.grad for p in self.model.parameters() if p.grad is not None]).float()
+        result = StepResult(lr, loads, step_counts, torch.cat((nats, torch.stack((balance_loss, norm)))))
+        self._apply(result, norm, progress)
+        return result
+
+    def _apply(self, result: StepResult, norm: Tensor, progress: float) -> None:
+        scale: float | Tensor = (self.clip / (norm + 1e-6)).clamp(max=1.0)
+        if self._waits:
+            try:
+                result.check()
+            except NotFinite:
+                self.optimizer.zero_grad(set_to_none=True)
+                raise
+            scale = float(scale)
+        else:
+            self._fault += 0.0 * result.figures.sum()
+            scale = scale + self._fault
+        self.optimizer.step(scale)
         self.optimizer.zero_grad(set_to_none=True)
         routers = self.model.routers
-        for layer, load in loads.items():
+        for layer, load in result.loads.items():
+            bias = routers[layer].e_score_correction_bias
+            before = None if bias is None or self._waits else bias.clone()
             for balancer in self.balancers.values():
                 balancer.after_step(layer, routers[layer], load, progress)
-        return StepResult(means[0], means[1:], balance_loss.item(), grad_norm, lr, loads)
+            if bias is not None and before is not None:
+                bias.copy_(torch.where(self._fault == 0, bias, before))
 
-    def _loss(
-        self, batch: Batch, length: int, step_counts: list[int], recorder: RoutingRecorder, nats: Tensor
-    ) -> Tensor:
-        with autocast(self.device, self.dtype):
-            losses = compute_losses(self.model, batch, length, recorder=recorder, recompute=self.recompute)
-        nats += torch.stack([n.detach().float() for n in losses.nats])
-        return total_loss(losses, step_counts, self.mtp_weight)
-
-
-def _check_finite(what: str, value: float) -> None:
-    if not math.isfinite(value):
-        raise NotFinite(what, value)
+    def _moved(self, batch: Batch) -> Batch:
+        """``batch`` on the device. Memory that is not pinned could not be copied without waiting."""
+        if self.device.type != "cuda":
+            return batch.to(self.device)
+        tokens, documents = (x.pin_memory().to(self.device, non_blocking=True) for x in (batch.tokens, batch.documents))
+        return Batch(tokens, documents)

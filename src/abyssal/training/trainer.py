@@ -26,12 +26,14 @@ from abyssal.data.tokenizer import Tokenizer
 from abyssal.errors import UserError
 from abyssal.generation import generate
 from abyssal.model import Transformer
+from abyssal.model.fp8_training import train_in_fp8
 from abyssal.training.board import Board
 from abyssal.training.evaluate import Evaluation, evaluate
-from abyssal.training.hardware import device_memory, process_memory
+from abyssal.training.hardware import autocast, device_memory, process_memory
 from abyssal.training.optimizer import learning_rate
 from abyssal.training.recipe import Recipe
 from abyssal.training.step import NotFinite, StepResult, TrainingStep
+from abyssal.training.weights import lows
 
 TRAINING_STATE = "training.safetensors"
 
@@ -88,6 +90,11 @@ class Trainer:
         self.model = model.to(device).train()
         self.train_shards, self.validation_shards = shards
         self.loader = build_loader(recipe, model.config, self.train_shards)
+        if recipe.training.fp8:
+            train_in_fp8(model)
+        if recipe.training.compile:
+            for block in (*model.blocks, *model.mtp_modules):
+                block.compile_parts()
         self._step = TrainingStep(
             model,
             optimizer=recipe.optimizer,
@@ -105,16 +112,19 @@ class Trainer:
         self.board: Board | None = None
 
     def train(self) -> bool:
-        """Runs to the recipe's last step. True when it got there, False when asked to stop.
+        """Runs to the recipe's last step. True when it got there, False when asked to stop. The model's weights are
+        FP32 afterwards, whatever they were meanwhile.
 
         Raises UserError for a loss or gradient that is not finite: the step is named and not applied, and the last
         checkpoint is kept. Raises OSError for a full disk; checkpoints written before stay whole.
         """
         self.run.lock()
         self.board = Board(self.run.path / "tensorboard", self.done + 1)
+        self._step.begin()
         try:
             return self._train()
         finally:
+            self._step.finish()
             self.board.close()
             self.run.unlock()
 
@@ -130,6 +140,7 @@ class Trainer:
             saving = last or stopping or self.done % r.checkpoint.every == 0
             # A record never reaches over a checkpoint: what was pending when a run is killed would be lost to it.
             if validating or saving or self.done % r.log.every == 0:
+                self._check(pending)
                 now = time.perf_counter()
                 record = self._record(pending, now - since)
                 self._log(record)
@@ -148,7 +159,8 @@ class Trainer:
         return True
 
     def step(self) -> StepResult:
-        """One optimizer step over ``accumulate`` micro-batches. Raises UserError where it came to no finite number."""
+        """One optimizer step over ``accumulate`` micro-batches. On a CPU, raises UserError where it came to no finite
+        number; on a GPU that is not known before it is logged."""
         t = self.recipe.training
         lr = learning_rate(self.done, t.steps, self.recipe.optimizer.lr, self.recipe.schedule)
         batches = [self.loader.next() for _ in range(t.accumulate)]
@@ -158,6 +170,13 @@ class Trainer:
             raise self._not_finite(self.done + 1, error.what, error.value) from None
         self.tokens += t.accumulate * t.batch_size * t.sequence_length
         return result
+
+    def _check(self, pending: list[StepResult]) -> None:
+        for step, result in enumerate(pending, start=self.done - len(pending) + 1):
+            try:
+                result.check()
+            except NotFinite as error:
+                raise self._not_finite(step, error.what, error.value) from None
 
     def _not_finite(self, step: int, what: str, value: float) -> UserError:
         steps = self.run.steps()
@@ -200,14 +219,15 @@ class Trainer:
     def _validate(self) -> None:
         t = self.recipe.training
         self.model.eval()
-        evaluation = evaluate(
-            self.model,
-            self.validation_shards,
-            batch_size=t.batch_size,
-            sequence_length=t.sequence_length,
-            dtype=self.dtype,
-            batches=self.recipe.validation.batches,
-        )
+        with torch.compiler.set_stance("force_eager"):  # without gradients all would be compiled once more
+            evaluation = evaluate(
+                self.model,
+                self.validation_shards,
+                batch_size=t.batch_size,
+                sequence_length=t.sequence_length,
+                dtype=self.dtype,
+                batches=self.recipe.validation.batches,
+            )
         self.model.train()
         if not math.isfinite(evaluation.loss):
             raise self._not_finite(self.done, "validation loss", evaluation.loss)
@@ -227,15 +247,17 @@ class Trainer:
 
     def _sample(self) -> None:
         s = self.recipe.samples
-        texts = generate(
-            self.model,
-            self.tokenizer,
-            s.prompts,
-            max_new_tokens=s.tokens,
-            temperature=s.temperature,
-            top_p=s.top_p,
-            seed=self.recipe.training.seed,
-        )
+        # Some weights may be BF16 and others FP32; and every length would be compiled for itself.
+        with autocast(self.device, self.dtype), torch.compiler.set_stance("force_eager"):
+            texts = generate(
+                self.model,
+                self.tokenizer,
+                s.prompts,
+                max_new_tokens=s.tokens,
+                temperature=s.temperature,
+                top_p=s.top_p,
+                seed=self.recipe.training.seed,
+            )
         samples = [{"prompt": p, "text": text} for p, text in zip(s.prompts, texts, strict=True)]
         self._log({"kind": "samples", "step": self.done, "samples": samples})
         self.watcher.sampled(self.done, samples)
@@ -245,7 +267,7 @@ class Trainer:
         state = {"step": self.done, "tokens": self.tokens, "loader": self.loader.state_dict(), "best": self.best}
 
         def write(folder: Path) -> None:
-            save_model(self.model, folder)
+            save_model(self.model, folder, lows(self.model, self.optimizer))
             self.tokenizer.save(folder)
             write_tensors(self._training_state(), folder / TRAINING_STATE)
 
@@ -255,7 +277,8 @@ class Trainer:
         tensors = {}
         for name, parameter in self.model.named_parameters():
             for key, value in self.optimizer.state[parameter].items():
-                tensors[f"optimizer.{key}.{name}"] = value
+                if key != "low":  # it is in the model's weights, which are written as FP32
+                    tensors[f"optimizer.{key}.{name}"] = value
         for name, balancer in self.balancers.items():
             for key, value in balancer.state_dict().items():
                 tensors[f"balance.{name}.{key}"] = value
@@ -267,20 +290,21 @@ class Trainer:
         state = self.run.state(step)
         if state["step"] != step:
             raise UserError(f"{folder / 'state.json'}: step: {state['step']!r}, the folder's name says {step}")
+        self._step.finish()
         load_into(self.model, folder)
         tensors = read_tensors(folder / TRAINING_STATE)
-        moments: dict[str, dict[str, Tensor]] = {}
-        for key, value in tensors.items():
-            kind, part, name = key.split(".", 2)
-            if kind == "optimizer":
-                moments.setdefault(name, {})[part] = value.to(self.device)
         for name, parameter in self.model.named_parameters():
-            if name not in moments:
-                raise UserError(f"{folder / TRAINING_STATE}: no optimizer state for {name}")
-            for key, value in moments[name].items():
-                if key != "step" and value.shape != parameter.shape:
-                    raise UserError(f"{folder / TRAINING_STATE}: optimizer.{key}.{name}: shape {list(value.shape)}")
-            self.optimizer.state[parameter] = moments[name]
+            for key, own in self.optimizer.state[parameter].items():
+                stored = tensors.get(f"optimizer.{key}.{name}")
+                if stored is None:
+                    raise UserError(f"{folder / TRAINING_STATE}: no optimizer.{key}.{name}")
+                if (stored.shape, stored.dtype) != (own.shape, own.dtype):
+                    raise UserError(
+                        f"{folder / TRAINING_STATE}: optimizer.{key}.{name}: {stored.dtype} {list(stored.shape)}, "
+                        f"expected {own.dtype} {list(own.shape)}"
+                    )
+                own.copy_(stored)
+        self._step.begin()
         for name, balancer in self.balancers.items():
             prefix = f"balance.{name}."
             found = {k.removeprefix(prefix): v.to(self.device) for k, v in tensors.items() if k.startswith(prefix)}

@@ -1,0 +1,319 @@
+"""The hot operations on a CPU, compiled from ``native.cpp`` at first use (a few seconds, then cached).
+
+Nothing depends on it: without a C++ compiler, or with ABYSSAL_NATIVE=0, every operation runs as plain PyTorch. These
+functions take and return tensors and know no gradients; the files beside this one join them to autograd, and
+:func:`supports` tells them when they may. The library uses the OpenMP threads that PyTorch has, as many as
+``torch.get_num_threads()`` says.
+
+Shapes: P rows in expert order, N tokens, K experts a token, D hidden, F expert width, B batch, T time, H heads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_SOURCE = Path(__file__).with_name("native.cpp")
+# Sums may be reordered where the source says so (omp simd); NaN and infinity keep their meaning everywhere.
+_FLAGS = "-O3 -march=native -std=c++17 -shared -fPIC -fopenmp -fno-math-errno -fno-trapping-math".split()
+_TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "n": ctypes.c_int, "f": ctypes.c_float}
+_SIGNATURES = {
+    "expert_counts": "pip",
+    "expert_places": "pippp",
+    "swiglu": "pppiin",
+    "swiglu_backward": "pppppiin",
+    "gather_rows": "ppipiin",
+    "sum_rows": "ppipiin",
+    "cross_entropy": "ppipiin",
+    "causal_softmax": "pfipiiin",
+    "causal_softmax_backward": "ppfipiiin",
+    "turn_heads": "pppppn",
+    "keys_values": "ppppp",
+    "keys_values_backward": "ppppp",
+    "sum_of_squares": "pipn",
+    "rms_norm": "ppfppiin",
+    "rms_norm_backward": "ppppppiin",
+    "adamw": "pppppipn",
+}
+_SUFFIX = {torch.float32: "f", torch.bfloat16: "b"}
+
+
+def supports(*tensors: Tensor) -> bool:
+    """Whether the functions here take these tensors: on a CPU, FP32 or BF16, and the library could be made."""
+    return (
+        not torch.compiler.is_compiling()
+        and all(
+            type(x) in (Tensor, torch.nn.Parameter) and x.device.type == "cpu" and x.dtype in _SUFFIX for x in tensors
+        )
+        and library() is not None
+    )
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled library; None where it is switched off or cannot be made."""
+    compiler = next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None)
+    if os.environ.get("ABYSSAL_NATIVE") == "0" or compiler is None or not _SOURCE.is_file():
+        return None
+    try:
+        return ctypes.CDLL(str(_build(compiler)))
+    except (OSError, subprocess.SubprocessError) as error:
+        reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+        warnings.warn(
+            f"abyssal's CPU kernels could not be compiled with {compiler} ({reason[-1] if reason else error}); "
+            "going on in plain PyTorch, slower; ABYSSAL_NATIVE=0 stops this warning",
+            stacklevel=2,
+        )
+        return None
+
+
+def _build(compiler: str) -> Path:
+    """The library's file, compiled unless one of the same source, flags, compiler and processor is there."""
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    identity = "\n".join((_SOURCE.read_text(encoding="utf-8"), *_FLAGS, version, platform.machine(), _processor()))
+    name = f"native-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "abyssal"
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / "native.lock").open("w")
+    except (OSError, RuntimeError):  # no home, or not ours to write to
+        folder = Path(tempfile.mkdtemp(prefix="abyssal-"))
+        lock = (folder / "native.lock").open("w")
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one process compiles, others wait for it
+        target = folder / name
+        if not target.exists():
+            partial = folder / f"{name}.{os.getpid()}"
+            command = [compiler, *_FLAGS, str(_SOURCE), "-o", str(partial)]
+            subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+            partial.rename(target)
+        return target
+
+
+def _processor() -> str:
+    """What -march=native depends on."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        return "\n".join(sorted({line for line in text.splitlines() if line.startswith(("flags", "Features"))}))
+    except OSError:
+        return platform.processor()
+
+
+@functools.cache
+def _function(name: str, suffix: str) -> Any:
+    function = getattr(library(), f"{name}_{suffix}" if suffix else name)
+    function.argtypes = [_TYPES[letter] for letter in _SIGNATURES[name]]
+    function.restype = None
+    return function
+
+
+def _call(name: str, types: tuple[torch.dtype, ...], *arguments: Any) -> None:
+    function = _function(name, "".join(_SUFFIX[dtype] for dtype in types))
+    function(*(x.data_ptr() if isinstance(x, Tensor) else x for x in arguments))
+
+
+def expert_counts(experts: Tensor, n_experts: int) -> Tensor:
+    """[E] int64: how often each expert stands in ``experts`` (int64, contiguous, each below ``n_experts``)."""
+    counts = torch.zeros(n_experts, dtype=torch.int64)
+    _call("expert_counts", (), experts, experts.numel(), counts)
+    return counts
+
+
+def expert_places(experts: Tensor, starts: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """slot [N·K] and assignment [``rows``], int32 (:class:`~abyssal.kernels.grouped.Plan` says what they are), for
+    ``experts`` as above and each expert's first row ``starts`` [E] int64, which is overwritten."""
+    slot = torch.empty(experts.numel(), dtype=torch.int32)
+    assignment = torch.full((rows,), -1, dtype=torch.int32)
+    _call("expert_places", (), experts, experts.numel(), starts, slot, assignment)
+    return slot, assignment
+
+
+def swiglu(gate_up: Tensor, row_weight: Tensor | None) -> Tensor:
+    """silu(gate) · up · row_weight: [P, 2F], [P] FP32 -> [P, F]."""
+    gate_up = gate_up.contiguous()
+    rows, width = gate_up.shape[0], gate_up.shape[1] // 2
+    out = gate_up.new_empty(rows, width)
+    _call("swiglu", (out.dtype,), gate_up, row_weight, out, rows, width, torch.get_num_threads())
+    return out
+
+
+def swiglu_backward(grad: Tensor, gate_up: Tensor, row_weight: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Gradients of [P, 2F] and [P] for ``grad`` [P, F]."""
+    grad, gate_up = grad.contiguous(), gate_up.contiguous()
+    out = torch.empty_like(gate_up)
+    grad_weight = torch.empty_like(row_weight) if row_weight is not None else None
+    rows, width = grad.shape
+    _call(
+        "swiglu_backward",
+        (out.dtype,),
+        *(grad, gate_up, row_weight, out, grad_weight, rows, width, torch.get_num_threads()),
+    )
+    return out, grad_weight
+
+
+def gather_rows(x: Tensor, assignment: Tensor, k: int) -> Tensor:
+    """Row p is ``x``[assignment[p] // k], zeros where that is negative: [N, D], [P] int32 -> [P, D]."""
+    x = x.contiguous()
+    out = x.new_empty(assignment.shape[0], x.shape[1])
+    _call("gather_rows", (x.dtype,), x, assignment, k, out, *out.shape, torch.get_num_threads())
+    return out
+
+
+def sum_rows(rows: Tensor, slot: Tensor, k: int) -> Tensor:
+    """out[n] = Σ rows[slot[n·k …]], added in FP32: [P, D], [N·K] int32 -> [N, D]."""
+    rows = rows.contiguous()
+    out = rows.new_empty(slot.shape[0] // k, rows.shape[1])
+    _call("sum_rows", (rows.dtype,), rows, slot, k, out, *out.shape, torch.get_num_threads())
+    return out
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """x / rms(x) · weight as ``dtype`` [N, D], and 1 / rms(x) [N] FP32; ``weight`` [D] FP32."""
+    x = x.contiguous()
+    out = torch.empty(x.shape, dtype=dtype)
+    rstd = torch.empty(x.shape[0], dtype=torch.float32)
+    _call("rms_norm", (x.dtype, dtype), x, weight, eps, out, rstd, *x.shape, torch.get_num_threads())
+    return out, rstd
+
+
+def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of ``x`` and of ``weight`` [D] FP32."""
+    grad, x = grad.contiguous(), x.contiguous()
+    threads = torch.get_num_threads()
+    out = torch.empty_like(x)
+    partial = torch.zeros(threads, x.shape[1])
+    _call("rms_norm_backward", (x.dtype, grad.dtype), grad, x, weight, rstd, out, partial, *x.shape, threads)
+    return out, partial.sum(0)
+
+
+def cross_entropy_(logits: Tensor, targets: Tensor, ignored: int) -> Tensor:
+    """Σ −log softmax[target] in nats; ``logits`` [n, V] (contiguous) become its gradient. ``targets`` [n] int64.
+
+    Raises IndexError for a target that is neither ``ignored`` nor below V.
+    """
+    real = targets[targets != ignored]
+    if real.numel() and not 0 <= real.min() <= real.max() < logits.shape[1]:
+        raise IndexError(f"target outside 0 to {logits.shape[1] - 1}")
+    nats = torch.empty(logits.shape[0])
+    _call("cross_entropy", (logits.dtype,), logits, targets, ignored, nats, *logits.shape, torch.get_num_threads())
+    return nats.sum()
+
+
+def causal_softmax_(scores: Tensor, scale: float, first: int) -> Tensor:
+    """``scores`` [M, t, S] (q · k, contiguous) become probabilities, where query i sees keys 0 … first + i.
+
+    Returns the logarithm of each row's sum of exponentials, [M, t] FP32.
+    """
+    log_sums = torch.empty(scores.shape[:2])
+    _call("causal_softmax", (scores.dtype,), scores, scale, first, log_sums, *scores.shape, torch.get_num_threads())
+    return log_sums
+
+
+def causal_softmax_backward_(scores: Tensor, grad: Tensor, scale: float, first: int, log_sums: Tensor) -> None:
+    """``scores`` become probabilities as above, ``grad`` (of the probabilities) becomes the gradient of q · k."""
+    _call(
+        "causal_softmax_backward",
+        (scores.dtype,),
+        *(scores, grad, scale, first, log_sums, *scores.shape, torch.get_num_threads()),
+    )
+
+
+class _Heads(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("batch", "length", "heads", "nope", "rope", "value", "tables")),
+        *((name, ctypes.c_int32) for name in ("interleaved", "threads")),
+    ]
+
+
+def _heads(shape: torch.Size, nope: int, rope: int, value: int, tables: int = 1, interleaved: bool = False) -> Any:
+    batch, length, heads = shape[:3]
+    threads = torch.get_num_threads()
+    return ctypes.byref(_Heads(batch, length, heads, nope, rope, value, tables, interleaved, threads))
+
+
+def turn_heads(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, *, back: bool = False) -> Tensor:
+    """[B, T, H, N + R] -> [B, H, T, N + R] with the last R turned by position; ``back``: its gradient, the other way.
+
+    ``cos`` and ``sin`` [B or 1, T, 1, R/2] FP32.
+    """
+    x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
+    out = x.new_empty(x.transpose(1, 2).shape)
+    rope = 2 * cos.shape[-1]
+    heads = _heads((out if back else x).shape, x.shape[-1] - rope, rope, 0, cos.shape[0], interleaved)
+    _call("turn_heads", (x.dtype,), x, cos, sin, out, heads, int(back))
+    return out
+
+
+def keys_values(kv: Tensor, rotary: Tensor, nope: int) -> tuple[Tensor, Tensor]:
+    """``kv`` [B, T, H, N + V] and the rotary key of all heads [B, T, R] -> k [B, H, T, N + R], v [B, H, T, V]."""
+    kv, rotary = kv.contiguous(), rotary.contiguous()
+    batch, length, count, both = kv.shape
+    rope, value = rotary.shape[-1], both - nope
+    k = kv.new_empty(batch, count, length, nope + rope)
+    v = kv.new_empty(batch, count, length, value)
+    _call("keys_values", (kv.dtype,), kv, rotary, k, v, _heads(kv.shape, nope, rope, value))
+    return k, v
+
+
+def keys_values_backward(grad_k: Tensor, grad_v: Tensor, nope: int) -> tuple[Tensor, Tensor]:
+    """Gradients of ``kv`` [B, T, H, N + V] and ``rotary`` [B, T, R]."""
+    grad_k, grad_v = grad_k.contiguous(), grad_v.contiguous()
+    batch, count, length, size = grad_k.shape
+    value, rope = grad_v.shape[-1], size - nope
+    grad_kv = grad_k.new_empty(batch, length, count, nope + value)
+    grad_rotary = grad_k.new_empty(batch, length, rope)
+    heads = _heads(grad_kv.shape, nope, rope, value)
+    _call("keys_values_backward", (grad_k.dtype,), grad_k, grad_v, grad_kv, grad_rotary, heads)
+    return grad_kv, grad_rotary
+
+
+class _Adam(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_float) for name in "lr beta1 beta2 eps weight_decay bias1 bias2 scale".split()]
+
+
+def adamw_(
+    weight: Tensor,
+    low: Tensor | None,
+    grad: Tensor,
+    m: Tensor,
+    v: Tensor,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    bias1: float,
+    bias2: float,
+    scale: float | Tensor,
+) -> None:
+    """One AdamW update in place, in FP32 whatever is stored; ``scale`` multiplies the gradient (NaN or negative:
+    nothing changes).
+
+    ``weight`` FP32, or BF16 with the rest of its FP32 number in ``low`` (int16); ``m`` and ``v`` FP32 or BF16.
+    """
+    scale = float(scale)
+    if not scale >= 0:
+        return
+    numbers = ctypes.byref(_Adam(lr, beta1, beta2, eps, weight_decay, bias1, bias2, scale))
+    types = (weight.dtype, grad.dtype, m.dtype)
+    _call("adamw", types, weight, low, grad, m, v, weight.numel(), numbers, torch.get_num_threads())
+
+
+def sum_of_squares(x: Tensor) -> float:
+    """Σ x², in FP64 over pieces of FP32."""
+    partial = torch.empty(torch.get_num_threads(), dtype=torch.float64)
+    _call("sum_of_squares", (x.dtype,), x, x.numel(), partial, torch.get_num_threads())
+    return partial.sum().item()
