@@ -9,9 +9,10 @@ expert's second matrix is linear, so a token's output is then a plain sum of row
 other's gradient. No step adds rows up with atomics, so training is reproducible bit by bit.
 
 A fact of CPUs shapes the plan: BF16 matrix products run five times faster when the same shapes come again (each new
-shape costs a new oneDNN primitive), so every expert's rows are padded to a multiple of 32 there, and where the load is
-even enough all to the same number, which makes one batched product of many small ones. On a GPU nothing here waits for
-the device: counts stay there, and the buffer's size is a bound known beforehand.
+shape costs a new oneDNN primitive), so every expert's rows are padded to a multiple of 32 there. That is also what our
+own products want (kernels/native_amx.cpp); without them, where the load is even enough, all experts are padded to the
+same number, which makes one batched product of many small ones. On a GPU nothing here waits for the device: counts stay
+there, and the buffer's size is a bound known beforehand.
 
 Shapes: N tokens, K experts a token, E experts, P rows of the sorted buffer (≥ N·K), D hidden, F expert width.
 """
@@ -33,7 +34,7 @@ from abyssal.kernels.backend import backend
 
 _BF16_ROWS = 32
 _GPU_ROWS = 8  # torch's grouped products want the rows of an expert in multiples of 16 bytes
-_EVEN = 1.25  # with rows padded to the busiest expert's, at most so many times the work
+_EVEN = 1.5  # with rows padded to the busiest expert's, at most so many times the work
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def plan(indices: Tensor, n_experts: int, dtype: torch.dtype) -> Plan:
     padded = counts
     if dtype in (torch.bfloat16, torch.float16):
         padded = (counts + _BF16_ROWS - 1) // _BF16_ROWS * _BF16_ROWS
-        if padded.max() * n_experts <= _EVEN * flat.numel():
+        if not native.has_tiles() and padded.max() * n_experts <= _EVEN * flat.numel():
             padded = padded.max().expand(n_experts)
     ends = padded.cumsum(0)
     bounds = [0, *ends.tolist()]
@@ -196,6 +197,8 @@ class _GroupedLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bounds: list[int]) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.bounds = bounds
+        if native.multiplies(x, weight):
+            return native.grouped_product(x, weight, bounds)
         if _even(bounds):
             return torch.bmm(x.view(len(weight), -1, x.shape[1]), weight.transpose(1, 2)).flatten(0, 1)
         out = x.new_empty(x.shape[0], weight.shape[1])
@@ -208,6 +211,10 @@ class _GroupedLinear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight = ctx.saved_tensors
         grad = grads[0].contiguous()
+        if native.multiplies(x, weight):
+            grad_x = native.grouped_product_backward_x(grad, weight, ctx.bounds) if ctx.needs_input_grad[0] else None
+            wanted = ctx.needs_input_grad[1]
+            return grad_x, native.grouped_product_backward_weight(grad, x, ctx.bounds) if wanted else None, None
         if _even(ctx.bounds):
             x_e, grad_e = (tensor.view(len(weight), -1, tensor.shape[1]) for tensor in (x, grad))
             grad_x = torch.bmm(grad_e, weight).flatten(0, 1) if ctx.needs_input_grad[0] else None

@@ -1,4 +1,4 @@
-"""The hot operations on a CPU, compiled from ``native.cpp`` at first use (a few seconds, then cached).
+"""The hot operations on a CPU, compiled from ``native*.cpp`` at first use (some seconds, then cached).
 
 Nothing depends on it: without a C++ compiler, or with ABYSSAL_NATIVE=0, every operation runs as plain PyTorch. These
 functions take and return tensors and know no gradients; the files beside this one join them to autograd, and
@@ -26,13 +26,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_SOURCE = Path(__file__).with_name("native.cpp")
+_SOURCES = [Path(__file__).with_name(name) for name in ("native.cpp", "native_amx.cpp")]
 # Sums may be reordered where the source says so (omp simd); NaN and infinity keep their meaning everywhere.
 _FLAGS = "-O3 -march=native -std=c++17 -shared -fPIC -fopenmp -fno-math-errno -fno-trapping-math".split()
 _TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "n": ctypes.c_int, "f": ctypes.c_float}
 _SIGNATURES = {
     "expert_counts": "pip",
     "expert_places": "pippp",
+    "grouped_product": "npppp" + "iiin",
     "swiglu": "pppiin",
     "swiglu_backward": "pppppiin",
     "gather_rows": "ppipiin",
@@ -66,7 +67,7 @@ def supports(*tensors: Tensor) -> bool:
 def library() -> ctypes.CDLL | None:
     """The compiled library; None where it is switched off or cannot be made."""
     compiler = next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None)
-    if os.environ.get("ABYSSAL_NATIVE") == "0" or compiler is None or not _SOURCE.is_file():
+    if os.environ.get("ABYSSAL_NATIVE") == "0" or compiler is None or not all(p.is_file() for p in _SOURCES):
         return None
     try:
         return ctypes.CDLL(str(_build(compiler)))
@@ -83,7 +84,8 @@ def library() -> ctypes.CDLL | None:
 def _build(compiler: str) -> Path:
     """The library's file, compiled unless one of the same source, flags, compiler and processor is there."""
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    identity = "\n".join((_SOURCE.read_text(encoding="utf-8"), *_FLAGS, version, platform.machine(), _processor()))
+    sources = [path.read_text(encoding="utf-8") for path in _SOURCES]
+    identity = "\n".join((*sources, *_FLAGS, version, platform.machine(), _processor()))
     name = f"native-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
     try:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "abyssal"
@@ -97,7 +99,7 @@ def _build(compiler: str) -> Path:
         target = folder / name
         if not target.exists():
             partial = folder / f"{name}.{os.getpid()}"
-            command = [compiler, *_FLAGS, str(_SOURCE), "-o", str(partial)]
+            command = [compiler, *_FLAGS, *map(str, _SOURCES), "-o", str(partial)]
             subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
             partial.rename(target)
         return target
@@ -139,6 +141,42 @@ def expert_places(experts: Tensor, starts: Tensor, rows: int) -> tuple[Tensor, T
     assignment = torch.full((rows,), -1, dtype=torch.int32)
     _call("expert_places", (), experts, experts.numel(), starts, slot, assignment)
     return slot, assignment
+
+
+@functools.cache
+def has_tiles() -> bool:
+    """Whether the library multiplies matrices itself (``native_amx.cpp``): a processor with AMX, on Linux."""
+    loaded = library()
+    return loaded is not None and bool(loaded.amx_usable())
+
+
+def multiplies(x: Tensor, weight: Tensor) -> bool:
+    """Whether :func:`grouped_product` takes ``x`` [P, I] and ``weight`` [E, O, I], given bounds in multiples of 32."""
+    sizes = all(size % 32 == 0 for size in weight.shape[1:])
+    return x.dtype == weight.dtype == torch.bfloat16 and sizes and supports(x, weight) and has_tiles()
+
+
+def _grouped(kind: int, left: Tensor, right: Tensor, out: Tensor, bounds: list[int], sizes: torch.Size) -> Tensor:
+    left, right = left.contiguous(), right.contiguous()
+    _call("grouped_product", (), kind, left, right, out, torch.tensor(bounds), *sizes, torch.get_num_threads())
+    return out
+
+
+def grouped_product(x: Tensor, weight: Tensor, bounds: list[int]) -> Tensor:
+    """Each expert's rows times its matrix: ``x`` [P, I], ``weight`` [E, O, I] -> [P, O]; expert e has the rows
+    bounds[e] to bounds[e + 1]."""
+    return _grouped(0, x, weight, x.new_empty(x.shape[0], weight.shape[1]), bounds, weight.shape)
+
+
+def grouped_product_backward_x(grad: Tensor, weight: Tensor, bounds: list[int]) -> Tensor:
+    """``grad`` [P, O], ``weight`` [E, O, I] -> the gradient of x, [P, I]."""
+    return _grouped(1, grad, weight, grad.new_empty(grad.shape[0], weight.shape[2]), bounds, weight.shape)
+
+
+def grouped_product_backward_weight(grad: Tensor, x: Tensor, bounds: list[int]) -> Tensor:
+    """``grad`` [P, O], ``x`` [P, I] -> the gradient of the weight, [E, O, I]; zeros for experts without rows."""
+    out = x.new_empty(len(bounds) - 1, grad.shape[1], x.shape[1])
+    return _grouped(2, grad, x, out, bounds, out.shape)
 
 
 def swiglu(gate_up: Tensor, row_weight: Tensor | None) -> Tensor:
