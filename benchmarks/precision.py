@@ -1,6 +1,6 @@
 """Whether ``training.dtype: auto`` chooses rightly: our step in FP32 and in BF16, in turn, from tiny models on.
 
-    python benchmarks/precision.py [--widths 32 64 128 256 512] [--rounds 9] [--json FILE]
+    python benchmarks/precision.py [--widths 64 128 256 512] [--rounds 9] [--json FILE]
 
 Models of four layers whose parts are in proportion to their width, 2048 tokens a step. Medians, quartiles in brackets;
 the ratio is of the two steps in a round.
@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from machine import as_json, describe_machine, markdown, paired_ratio, spread
 from scaling import model
-from training import Ours, random_batch
 
 from abyssal.model import Transformer
 from abyssal.training.hardware import limit_threads, resolve_dtype
+from training import Ours, random_batch
 
 CPU = torch.device("cpu")
 BATCH, LENGTH = 8, 256
@@ -44,13 +44,13 @@ def compare(width: int, rounds: int) -> dict[str, Any]:
         "float32": spread(times[torch.float32]),
         "bfloat16": spread(times[torch.bfloat16]),
         "ratio": paired_ratio(times[torch.bfloat16], times[torch.float32]),
-        "auto": str(resolve_dtype("auto", CPU, config)).removeprefix("torch."),
+        "auto": str(resolve_dtype("auto", CPU, config.hidden_size)).removeprefix("torch."),
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--widths", type=int, nargs="+", default=[32, 64, 128, 256, 512])
+    parser.add_argument("--widths", type=int, nargs="+", default=[64, 128, 256, 512])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()

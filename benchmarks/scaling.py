@@ -58,7 +58,7 @@ def model(experts: int = 16, per_token: int = 4, context: int = 512, width: int 
             "max_position_embeddings": context,
             "attention": {
                 "kind": "mla",
-                "num_attention_heads": width // 64,
+                "num_attention_heads": max(width // 64, 1),
                 "kv_lora_rank": width // 4,
                 "qk_nope_head_dim": 32,
                 "qk_rope_head_dim": 32,

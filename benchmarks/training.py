@@ -1,14 +1,18 @@
 """A training step beside transformers': same weights, same batch, in turn in one process.
 
-    python benchmarks/training.py [--shapes demo S M] [--rounds 9] [--compiled] [--memory] [--dtype …] [--json FILE]
+    python benchmarks/training.py [--shapes demo S] [--rounds 9] [--compiled] [--memory] [--dtype …] [--json FILE]
+    python benchmarks/training.py --shapes M --rounds 2 --apart
 
 Both sides do a whole step: forward, loss, backward, clipping, AdamW; ours balances the experts and keeps the metrics
 too, which transformers does not do. transformers runs at its best setting on a CPU: BF16 autocast where the hardware
 has it, grouped_mm experts, SDPA, fused AdamW; ``--compiled`` adds it under torch.compile as a third side (one to two
 minutes to compile, which are told and not counted). Each round times one step of every side, one after the other, and
-measures the rate of 2048 × 2048 products; ratios are of steps in one round. FLOPs are those of abyssal.analysis.flops,
-three times the forward pass; what is computed again on purpose is not counted. ``--memory`` takes the peak of some
-steps of each side, in processes of their own.
+measures the rate of 2048 × 2048 products; ratios are of steps in one round. ``--apart`` is for shapes whose sides do
+not fit in memory together (M: 24 GB hold one of them, and transformers' FP32 weights with AdamW not at all): in each
+round every side runs some steps in a process of its own, one after the other, and transformers comes in the two ways
+that fit: weights and AdamW in BF16, and FP32 weights under autocast with SGD, which has no state to update. FLOPs are
+those of abyssal.analysis.flops, three times the forward pass; what is computed again on purpose is not counted.
+``--memory`` takes the peak of some steps of each side, in processes of their own.
 """
 
 from __future__ import annotations
@@ -17,6 +21,8 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +135,7 @@ class Ours:
 class Theirs:
     """transformers' V3 with the same weights, at its best setting."""
 
-    def __init__(self, model: Transformer, dtype: torch.dtype, compiled: bool = False) -> None:
+    def __init__(self, model: Transformer, dtype: torch.dtype, compiled: bool = False, fits: str = "") -> None:
         import transformers
 
         transformers.logging.set_verbosity_error()
@@ -137,7 +143,10 @@ class Theirs:
         config._experts_implementation = "grouped_mm"
         self.model = transformers.DeepseekV3ForCausalLM(config).train()
         self.model.load_state_dict(model.state_dict(), strict=False)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
+        if fits == "pure":
+            self.model.to(dtype)
+        optimizer = torch.optim.SGD if fits == "sgd" else torch.optim.AdamW
+        self.optimizer = optimizer(self.model.parameters(), lr=1e-4, fused=True)
         self.dtype = dtype
         self.forward = torch.compile(self.model) if compiled else self.model
 
@@ -165,6 +174,8 @@ SIDES: dict[str, Callable[[Transformer, torch.dtype], Callable[[Batch], float]]]
     "abyssal": Ours,
     "transformers": Theirs,
     "transformers, compiled": lambda model, dtype: Theirs(model, dtype, compiled=True),
+    "transformers, BF16 weights": lambda model, dtype: Theirs(model, dtype, fits="pure"),
+    "transformers, SGD": lambda model, dtype: Theirs(model, dtype, fits="sgd"),
 }
 
 
@@ -180,6 +191,34 @@ def some_steps(side: str, name: str, dtype: torch.dtype, steps: int = 3) -> Call
     for i in range(steps):
         step(random_batch(*shape(name), seed=i))
     return step
+
+
+def timed_steps(side: str, name: str, dtype: torch.dtype, steps: int = 3) -> tuple[list[float], float, float]:
+    """Seconds of ``steps`` steps after two that warm up, the first loss, and the rate of products meanwhile."""
+    step = build(side, name, dtype)
+    times, losses = [], []
+    for i in range(steps + 2):
+        data = random_batch(*shape(name), seed=i)
+        start = time.perf_counter()
+        losses.append(step(data))
+        times.append(time.perf_counter() - start)
+    return times[2:], losses[0], gemm_rate(dtype) / 1e9
+
+
+def compare_apart(name: str, rounds: int, dtype: torch.dtype) -> dict[str, Any]:
+    """Sides in processes of their own, in turn."""
+    sides = ["abyssal", "transformers, BF16 weights", "transformers, SGD"]
+    times: dict[str, list[float]] = {side: [] for side in sides}
+    losses, rates, threads = {}, [], torch.get_num_threads()
+    for _ in range(rounds):
+        for side in sides:
+            with ProcessPoolExecutor(
+                1, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(threads,)
+            ) as pool:
+                seconds, losses[side], rate = pool.submit(timed_steps, side, name, dtype).result()
+            times[side] += seconds
+            rates += [rate] * len(seconds)
+    return summary(name, dtype, times, rates[: len(times["abyssal"])], losses, {}, {})
 
 
 def compare(name: str, rounds: int, sides: list[str], dtype: torch.dtype, memory: bool) -> dict[str, Any]:
@@ -200,6 +239,22 @@ def compare(name: str, rounds: int, sides: list[str], dtype: torch.dtype, memory
             else:
                 warmup[side] = warmup.get(side, 0.0) + seconds
         rates.append(gemm_rate(dtype, seconds=0.3) / 1e9)
+    first = {side: values[0] for side, values in losses.items()}
+    peaks = {side: peak_memory(some_steps, side, name, dtype)["host"] for side in sides} if memory else {}
+    return summary(name, dtype, times, rates[2:], first, warmup, peaks)
+
+
+def summary(
+    name: str,
+    dtype: torch.dtype,
+    times: dict[str, list[float]],
+    rates: list[float],
+    first_loss: dict[str, float],
+    warmup: dict[str, float],
+    peaks: dict[str, float],
+) -> dict[str, Any]:
+    """What is told and kept of a shape: ``times`` and ``rates`` (GFLOP/s of products) by round."""
+    config, batch, length = shape(name)
     flops, tokens = step_flops(config, batch, length), batch * length
     counts = count_parameters(config)
     return {
@@ -209,18 +264,18 @@ def compare(name: str, rounds: int, sides: list[str], dtype: torch.dtype, memory
         "dtype": str(dtype).removeprefix("torch."),
         "tokens": tokens,
         "tflop": flops / 1e12,
-        "gemm_gflops": spread(rates[2:]),
+        "gemm_gflops": spread(rates),
         "memory_gb_per_s": {kind: rate / 1e9 for kind, rate in bandwidth().items()},
         "seconds": {side: spread(values) for side, values in times.items()},
         "tokens_per_s": {side: spread([tokens / t for t in values]) for side, values in times.items()},
         "warmup_seconds": warmup,
-        "ratio": {side: paired_ratio(times["abyssal"], times[side]) for side in sides if side != "abyssal"},
+        "ratio": {side: paired_ratio(times["abyssal"], times[side]) for side in times if side != "abyssal"},
         "of_gemm": {
-            side: spread([flops / t / rate / 1e9 for t, rate in zip(values, rates[2:], strict=True)])
+            side: spread([flops / t / rate / 1e9 for t, rate in zip(values, rates, strict=True)])
             for side, values in times.items()
         },
-        "first_loss": {side: values[0] for side, values in losses.items()},
-        "peak_bytes": {side: peak_memory(some_steps, side, name, dtype)["host"] for side in sides} if memory else {},
+        "first_loss": first_loss,
+        "peak_bytes": peaks,
         "times": times,
     }
 
@@ -248,6 +303,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=["demo", "S"], choices=["demo", *SHAPES])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--compiled", action="store_true", help="transformers under torch.compile too")
+    parser.add_argument("--apart", action="store_true", help="each side in processes of its own")
     parser.add_argument("--memory", action="store_true", help="peak memory of each side")
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
     parser.add_argument("--json", type=Path)
@@ -261,7 +317,10 @@ def main() -> None:
     print(", ".join(f"{key} {value}" for key, value in machine.items()) + "\n", flush=True)
     results = []
     for name in options.shapes:
-        result = compare(name, options.rounds, sides, dtype, options.memory)
+        if options.apart:
+            result = compare_apart(name, options.rounds, dtype)
+        else:
+            result = compare(name, options.rounds, sides, dtype, options.memory)
         results.append(result)
         print(
             f"{name}: {result['parameters'] / 1e6:.1f}M parameters, {result['active'] / 1e6:.1f}M active; "

@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from abyssal.kernels import native
 
 _BLOCK = 256  # queries at a time
+_SHORT = 1024  # queries; from some more on torch's kernel is as fast
 _SCORES = 2**25  # scores at a time, at most: 64 MB
 
 
@@ -35,12 +36,14 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None
 
 
 def _trains_in_blocks(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    # The backward pass of torch's flash kernel on CPU takes two to three times as long in BF16 (docs/notebook.md).
+    # For short sequences torch's flash kernel takes twice as long on a CPU in BF16, backward above all
+    # (docs/notebook.md).
     return (
         q.dtype == torch.bfloat16
         and torch.is_grad_enabled()
         and (q.requires_grad or k.requires_grad or v.requires_grad)
         and k.shape[:3] == q.shape[:3]
+        and q.shape[2] <= _SHORT
         and native.supports(q, k, v)
     )
 
@@ -56,39 +59,50 @@ class _CausalBlocks(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         ctx.heads = q.shape[:2]
         q, k, v = (x.contiguous().flatten(0, 1) for x in (q, k, v))
-        out = v.new_empty(v.shape)
-        log_sums = []
+        outs, log_sums = [], []
         for start, end in _blocks(q):
             scores = torch.bmm(q[:, start:end], k[:, :end].transpose(1, 2))
             log_sums.append(native.causal_softmax_(scores, scale, start))
-            out[:, start:end] = torch.bmm(scores, v[:, :end])
+            outs.append(torch.bmm(scores, v[:, :end]))
         ctx.save_for_backward(q, k, v, *log_sums)
         ctx.scale = scale
-        return out.unflatten(0, ctx.heads)
+        return _joined(outs).unflatten(0, ctx.heads)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         q, k, v, *log_sums = ctx.saved_tensors
         grad = grads[0].contiguous().flatten(0, 1)
-        blocks = _blocks(q)
-        # One block: its gradients are the whole. Several add to the same keys, in FP32.
-        dtype = q.dtype if len(blocks) == 1 else torch.float32
-        grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k, dtype=dtype), torch.zeros_like(v, dtype=dtype)
-        for (start, end), log_sum in zip(blocks, log_sums, strict=True):
-            scores = torch.bmm(q[:, start:end], k[:, :end].transpose(1, 2))
-            grad_scores = torch.bmm(grad[:, start:end], v[:, :end].transpose(1, 2))
+        grad_qs: list[Tensor] = []
+        grad_k, grad_v = None, None
+        for (start, end), log_sum in reversed(list(zip(_blocks(q), log_sums, strict=True))):
+            queries, grads_out = q[:, start:end], grad[:, start:end]
+            scores = torch.bmm(queries, k[:, :end].transpose(1, 2))
+            grad_scores = torch.bmm(grads_out, v[:, :end].transpose(1, 2))
             native.causal_softmax_backward_(scores, grad_scores, ctx.scale, start, log_sum)
-            grad_v[:, :end] += torch.bmm(scores.transpose(1, 2), grad[:, start:end])
-            grad_k[:, :end] += torch.bmm(grad_scores.transpose(1, 2), q[:, start:end])
-            grad_q[:, start:end] = torch.bmm(grad_scores, k[:, :end])
-        return *(g.to(q.dtype).unflatten(0, ctx.heads) for g in (grad_q, grad_k, grad_v)), None
+            grad_qs.insert(0, torch.bmm(grad_scores, k[:, :end]))
+            part_k = torch.bmm(grad_scores.transpose(1, 2), queries)
+            part_v = torch.bmm(scores.transpose(1, 2), grads_out)
+            # The last block sees all keys and comes first; what the others add is summed in FP32.
+            if grad_k is None or grad_v is None:
+                several = start > 0
+                grad_k, grad_v = (part_k.float(), part_v.float()) if several else (part_k, part_v)
+            else:
+                grad_k[:, :end] += part_k
+                grad_v[:, :end] += part_v
+        assert grad_k is not None
+        assert grad_v is not None
+        return *(g.to(q.dtype).unflatten(0, ctx.heads) for g in (_joined(grad_qs), grad_k, grad_v)), None
 
 
 def _blocks(q: Tensor) -> list[tuple[int, int]]:
     heads, length = q.shape[:2]
     size = max(32, min(_BLOCK, _SCORES // max(heads * length, 1) // 32 * 32))
     return [(start, min(start + size, length)) for start in range(0, length, size)]
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 def attention_reference(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, causal: bool) -> Tensor:

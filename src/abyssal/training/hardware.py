@@ -12,6 +12,8 @@ import torch
 
 from abyssal.errors import UserError
 
+_NARROW = 32  # hidden_size below which FP32 is faster on a CPU (benchmarks/precision.py)
+
 
 def resolve_device(name: str, field: str = "training.device") -> torch.device:
     """``auto`` (a GPU where there is one), or any device that torch knows. Raises UserError, naming ``field``, where
@@ -28,21 +30,24 @@ def resolve_device(name: str, field: str = "training.device") -> torch.device:
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Whether the hardware multiplies in BF16: a CPU with AMX or AVX512-BF16, a GPU from Ampere on."""
+    """Whether the hardware is faster in BF16: a CPU with AMX, a GPU from Ampere on.
+
+    AVX512-BF16 alone is not enough on a CPU: products then take 1.1 to 1.4 times as long as in FP32
+    (docs/performance.md).
+    """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type != "cpu":
-        return False
-    # torch.cpu's own probes have no public name yet and moved between releases; a missing one means "no".
-    probes = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-    return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
+    # torch.cpu's own probe has no public name yet and moved between releases; a missing one means "no".
+    return device.type == "cpu" and getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
 
 
-def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """``auto``, ``float32`` or ``bfloat16`` as the dtype matrix products run in."""
-    if name == "auto":
-        return torch.bfloat16 if has_bfloat16(device) else torch.float32
-    return torch.bfloat16 if name == "bfloat16" else torch.float32
+def resolve_dtype(name: str, device: torch.device, hidden_size: int | None = None) -> torch.dtype:
+    """``auto``, ``float32`` or ``bfloat16`` as the dtype matrix products run in. ``auto`` is BF16 where the hardware
+    multiplies in it and, on a CPU, the model's width is worth it."""
+    if name != "auto":
+        return torch.bfloat16 if name == "bfloat16" else torch.float32
+    narrow = device.type == "cpu" and hidden_size is not None and hidden_size < _NARROW
+    return torch.bfloat16 if has_bfloat16(device) and not narrow else torch.float32
 
 
 def describe(device: torch.device, dtype: torch.dtype) -> dict[str, object]:

@@ -36,8 +36,8 @@ def start(recipe: Recipe, path: Path, *, overwrite: bool = False, **options: Any
     """
     check_free(path, overwrite)
     device = resolve_device(recipe.training.device)
-    dtype = resolve_dtype(recipe.training.dtype, device)
     config = recipe.model_config_resolved()
+    dtype = resolve_dtype(recipe.training.dtype, device, config.hidden_size)
     tokenizer = load_tokenizer(recipe.data, config.vocab_size)
     shards = _open(recipe, config, tokenizer)
     model = Transformer(config, generator=torch.Generator().manual_seed(recipe.training.seed))
@@ -82,7 +82,7 @@ def resume(path: Path, recipe: Recipe | None, changes: dict[str, Any] | None = N
     hardware = run.manifest.get("hardware")
     recorded = hardware.get("dtype", "auto") if isinstance(hardware, dict) else "auto"  # what auto came to stays
     recorded = recorded if stored.training.dtype == "auto" else stored.training.dtype
-    dtype = resolve_dtype(recorded, device)
+    dtype = resolve_dtype(recorded, device, config.hidden_size)
     steps = run.steps()
     if steps and read_config(run.checkpoint(steps[-1])).model_copy(update={"published": {}}) != config.model_copy(
         update={"published": {}}
