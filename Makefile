@@ -11,13 +11,15 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet --constraint constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 STAMP := $(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: help setup demo test test-slow lint format bench bench-checkpoints wheel clean
+.PHONY: help setup demo test test-slow lint format bench bench-large bench-attention bench-scaling bench-learning \
+	bench-checkpoints wheel clean
 
 help:
 	@echo "make demo       train a small DeepSeek-V3 on Tiny Shakespeare and let it talk"
 	@echo "make test       run the tests"
 	@echo "make lint       formatting, lint, types, one-way imports"
-	@echo "make bench      benchmarks, each side in turn in one run"
+	@echo "make bench      our training step beside transformers', in turn in one run; on a GPU too where there is one"
+	@echo "make bench-large, bench-scaling, bench-learning, bench-attention   the other tables of docs/performance.md"
 	@echo "make bench-checkpoints  memory and time of loading, converting, exporting (16 GB of disk, 8 GB of memory)"
 	@echo "make test-slow  long proofs that CI leaves out"
 	@echo "make wheel      build the wheel, install it in an empty environment, run a command"
@@ -37,8 +39,10 @@ $(VENV)/.base: $(VENV)/.torch pyproject.toml
 	@$(INSTALL) --editable .
 	@touch $@
 
+# Triton comes with PyTorch's CUDA builds, in the version that they want; elsewhere its interpreter runs the GPU kernels' tests.
 $(VENV)/.dev: $(VENV)/.base
 	@$(INSTALL) --editable '.[dev]'
+	@$(BIN)/python -c 'import triton' 2> /dev/null || $(INSTALL) 'triton==3.6.0; platform_system == "Linux"'
 	@touch $@
 
 setup: $(VENV)/.dev
@@ -62,8 +66,26 @@ format: $(VENV)/.dev
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
 
+# Threads that sleep at a barrier instead of spinning: a benchmark of two sides holds both sides' threads.
+bench: export OMP_WAIT_POLICY ?= passive
 bench: $(VENV)/.dev
+	@$(BIN)/python benchmarks/training.py --shapes demo S --compiled --json bench.json
+	@! $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \
+		$(BIN)/python benchmarks/gpu.py --json bench-gpu.json
+
+bench-large: $(VENV)/.dev
+	@$(BIN)/python benchmarks/training.py --shapes demo S --rounds 5 --memory
+	@$(BIN)/python benchmarks/training.py --shapes M --rounds 2 --apart
+
+bench-attention: $(VENV)/.dev
 	@$(BIN)/python benchmarks/attention.py
+
+bench-scaling: $(VENV)/.dev
+	@$(BIN)/python benchmarks/precision.py
+	@$(BIN)/python benchmarks/scaling.py
+
+bench-learning: $(VENV)/.dev
+	@$(BIN)/python benchmarks/learning.py
 
 bench-checkpoints: $(VENV)/.dev
 	@$(BIN)/python benchmarks/checkpoints.py

@@ -346,3 +346,26 @@ def test_no_copy_of_a_large_tensor(kind, monkeypatch):
     with Largest([master, weight, low]) as seen:
         split(master)
     assert seen.bytes <= 2 * count
+
+
+@pytest.mark.parametrize("native_kernel", [True, False])
+def test_a_scale_that_is_no_number_changes_nothing(native_kernel: bool, monkeypatch: pytest.MonkeyPatch):
+    if not native_kernel:
+        monkeypatch.setattr("abyssal.kernels.native.library", lambda: None)
+    for scale in (math.nan, -1.0):
+        weight, m, v = torch.ones(5), torch.ones(5), torch.ones(5)
+        adamw_(weight, None, torch.ones(5), m, v, **HYPER_FOR_SCALE, scale=scale)
+        assert all(torch.equal(x, torch.ones(5)) for x in (weight, m, v))
+    weight, m, v = torch.ones(5), torch.ones(5), torch.ones(5)
+    adamw_(weight, None, torch.ones(5), m, v, **HYPER_FOR_SCALE, scale=0.0)
+    torch.testing.assert_close(m, torch.full((5,), 0.9))
+
+
+HYPER_FOR_SCALE = {"lr": 0.1, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.0, "step": 2}
+
+
+def test_a_bfloat16_weight_without_the_rest_of_its_number():
+    """No kernel may take it for a split one."""
+    weight = torch.ones(5, dtype=torch.bfloat16)
+    adamw_(weight, None, torch.ones_like(weight), torch.zeros(5), torch.zeros(5), **HYPER_FOR_SCALE)
+    assert weight.isfinite().all()

@@ -107,6 +107,60 @@ def test_attention_in_blocks_equals_the_formula(length: int, scale: float, monke
         assert (ours - exact).norm() <= 1.3 * (plain - exact).norm() + 1e-3 * exact.norm() + 1e-6
 
 
+DEFAULTS = """
+import torch
+from abyssal.kernels.attention import attention
+from abyssal.kernels.fused import rms_norm
+from abyssal.kernels.loss import linear_cross_entropy
+from abyssal.kernels.backend import product_dtype
+def numbers():
+    g = torch.Generator().manual_seed(0)
+    h, w = (torch.randn(600, 8, generator=g, dtype=torch.float32).requires_grad_() for _ in range(2))
+    loss = linear_cross_entropy(h, w, torch.arange(600)) + rms_norm(h, w[0], 1e-6, torch.float32).square().sum()
+    q = torch.randn(1, 2, 40, 8, generator=g, dtype=torch.float32).bfloat16().requires_grad_()
+    (loss + attention(q, q, q, 0.3, None, True).float().sum()).backward()
+    return [loss.detach(), h.grad, w.grad, q.grad.float()]
+first = numbers()
+for dtype in (torch.float64, torch.bfloat16):
+    torch.set_default_dtype(dtype)
+    assert all(torch.equal(a, b) for a, b in zip(first, numbers()))
+torch.set_default_dtype(torch.float32)
+assert rms_norm(torch.ones(2, 4, device="meta"), torch.ones(4, device="meta"), 1e-6, torch.float32).shape == (2, 4)
+assert product_dtype(torch.ones(1, device="meta")) == torch.float32
+print("done")
+"""
+
+
+def test_torchs_defaults_change_nothing(tmp_path: Path):
+    """torch.set_default_dtype(bfloat16) is how DeepSeek's own script begins."""
+    assert subprocess.run([sys.executable, "-c", DEFAULTS], capture_output=True, text=True).stdout == "done\n"
+
+
+def test_targets_and_experts_of_any_kind_of_integer():
+    from abyssal.kernels.grouped import plan
+    from abyssal.kernels.loss import linear_cross_entropy, linear_cross_entropy_reference
+
+    g = torch.Generator().manual_seed(0)
+    h, w, t = torch.randn(6, 4, generator=g), torch.randn(10, 4, generator=g), torch.randint(0, 10, (6, 2), generator=g)
+    expected = linear_cross_entropy_reference(h, w, t[:, 0])
+    for targets in (t[:, 0], t[:, 0].clone(), t[:, 0].int()):
+        torch.testing.assert_close(linear_cross_entropy(h, w, targets), expected)
+    indices = t % 5
+    for kind in (indices, indices.int(), torch.stack((indices, indices), -1)[..., 0]):
+        assert torch.equal(plan(kind, 5, torch.float32).slot, plan(indices.clone(), 5, torch.float32).slot)
+    for outside in (-1, 5, 10_000_000):
+        with pytest.raises((IndexError, RuntimeError)):
+            plan(torch.tensor([[0, outside]]), 5, torch.float32)
+
+
+def test_one_vector_alone():
+    torch.testing.assert_close(swiglu(torch.ones(4))[None], swiglu(torch.ones(1, 4)))
+    x = torch.arange(4.0)
+    torch.testing.assert_close(
+        rms_norm(x, torch.ones(4), 1e-6, x.dtype)[None], rms_norm(x[None], torch.ones(4), 1e-6, x.dtype)
+    )
+
+
 @compiled
 def test_a_target_outside_the_vocabulary_is_refused():
     for target in (-1, 7):

@@ -11,7 +11,7 @@ from tiny_runs import MODEL, tiny_trainer
 
 from abyssal.config import resolve_model
 from abyssal.model import Transformer
-from abyssal.training.optimizer import build_optimizer, learning_rate
+from abyssal.training.optimizer import AdamW, build_optimizer, learning_rate
 from abyssal.training.recipe import OptimizerConfig, ScheduleConfig
 
 
@@ -161,3 +161,23 @@ class TestState:
         assert exact < 3.2
         for key, loss in final.items():
             assert loss == pytest.approx(exact, rel=0.03), key
+
+
+@pytest.mark.parametrize("state", ["float32", "bfloat16", "8bit"])
+def test_state_dict_comes_back_bit_by_bit(state):
+    """torch's own loading casts every tensor to its parameter's dtype, which would spoil all of these."""
+    config = OptimizerConfig(lr=0.1, state=state)
+    steps = [one_parameter_step(config) for _ in range(2)]
+    steps[1].load_state_dict(steps[0].state_dict())
+    for old, new in zip(*(s.state.values() for s in steps), strict=True):
+        assert {k: v.dtype for k, v in old.items()} == {k: v.dtype for k, v in new.items()}
+        assert all(torch.equal(old[key].float(), new[key].float()) for key in old)
+
+
+def one_parameter_step(config: OptimizerConfig) -> AdamW:
+    weight = torch.nn.Parameter(torch.linspace(-1, 1, 8192).view(64, 128).bfloat16())
+    optimizer = AdamW([{"params": [weight], "weight_decay": 0.1}], config)
+    optimizer.state[weight]["low"] = torch.arange(8192, dtype=torch.int16).view(64, 128)
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    return optimizer

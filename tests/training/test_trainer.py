@@ -15,6 +15,7 @@ from abyssal.errors import UserError
 from abyssal.model import RoutingRecorder, Transformer
 from abyssal.training.evaluate import Evaluation
 from abyssal.training.start import resume
+from abyssal.training.step import TrainingStep
 from abyssal.training.trainer import Watcher, build_loader
 
 
@@ -249,3 +250,37 @@ def test_a_second_trainer_may_not_write_there(data, tmp_path):
         tiny_trainer(data, tmp_path / "run", {"overwrite": True})
     assert trainer.train()
     assert resume(tmp_path / "run", build_recipe(data)).done == 8
+
+
+def test_training_in_fp8_learns_and_what_it_saves_is_an_ordinary_model(data, tmp_path):
+    """The recipe's reference, in FP32 products: it needs no hardware."""
+    losses = {}
+    for fp8 in (True, False):
+        trainer = tiny_trainer(data, tmp_path / f"run-{fp8}", training__fp8=fp8, training__dtype="float32")
+        assert trainer.train()
+        names = {type(module).__name__ for module in trainer.model.modules()}
+        assert fp8 == ("FP8TrainingLinear" in names) == ("FP8TrainingExperts" in names)
+        losses[fp8] = [record["loss"] for record in trainer.run.metrics() if record["kind"] == "train"]
+    assert losses[True] != losses[False]  # something was rounded
+    assert losses[True] == pytest.approx(losses[False], rel=0.01)
+    model, _ = abyssal.load(tmp_path / "run-True")
+    assert not any(type(module).__name__.startswith("FP8") for module in model.modules())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_model_that_is_bfloat16_already_trains_on_float32_masters(data, tmp_path, dtype):
+    trainer = tiny_trainer(data, tmp_path / "run")
+    model = Transformer(trainer.model.config, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    step = TrainingStep(
+        model,
+        optimizer=trainer.recipe.optimizer,
+        balance=trainer.recipe.balance,
+        clip=1.0,
+        mtp_weight=0.3,
+        device=torch.device("cpu"),
+        dtype=dtype,
+    )
+    losses = [step([trainer.loader.next()], 16, 1e-2, 0.0).loss for _ in range(5)]
+    assert losses[-1] < losses[0]
+    assert model.lm_head.weight.dtype == dtype
+    assert model.model.embed_tokens.weight.dtype == torch.float32

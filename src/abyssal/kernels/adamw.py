@@ -179,21 +179,24 @@ def adamw_(
     gradient has to be written anew: a number, or an FP32 tensor without dimensions on the device, so that the host need
     not know it. Where that is NaN or negative, nothing changes.
     """
-    if isinstance(m, Tensor) and isinstance(v, Tensor):
+    if not isinstance(scale, Tensor) and not scale >= 0:
+        return
+    if isinstance(m, Tensor) and isinstance(v, Tensor) and m.dtype == v.dtype:
         grad = grad.contiguous()
-        ops = backend(weight, grad, m, v) if grad.dtype == weight.dtype or low is not None else None
+        whole = (low is None) == (weight.dtype == torch.float32) and (grad.dtype == weight.dtype or low is not None)
+        ops = backend(weight, grad, m, v) if whole else None
         if ops is not None:
             bias1, bias2 = 1 - beta1**step, 1 - beta2**step
             ops.adamw_(weight, low, grad, m, v, lr, beta1, beta2, eps, weight_decay, bias1, bias2, scale)
             return
         all_float32 = {x.dtype for x in (weight, grad, m, v)} == {torch.float32}
-        if all_float32 and weight.device.type == "cpu" and not isinstance(scale, Tensor):
+        if all_float32 and weight.device.type == "cpu" and not isinstance(scale, Tensor) and scale > 0:
             # Several times as fast as the reference's operations one by one. It counts from the step before, and
             # divides by a scale.
             fused_adamw(
-                *([weight], [grad], [m], [v], [], [torch.tensor(step - 1.0)]),
+                *([weight], [grad], [m], [v], [], [torch.tensor(step - 1.0, dtype=torch.float32, device="cpu")]),
                 fused=True,
-                grad_scale=None if scale == 1 else torch.tensor(1 / scale),
+                grad_scale=None if scale == 1 else torch.tensor(1 / scale, dtype=torch.float32, device="cpu"),
                 amsgrad=False,
                 maximize=False,
                 lr=lr,
@@ -255,8 +258,8 @@ def total_norm(tensors: Sequence[Tensor]) -> Tensor:
     """√(Σ x²) over all numbers of all ``tensors``: a tensor without dimensions on their device, FP32 (FP64 if they
     are)."""
     if tensors and native.supports(*tensors):
-        squares = sum(native.sum_of_squares(tensor.contiguous()) for tensor in tensors)
-        return torch.tensor(math.sqrt(squares))
+        squares = sum(native.sum_of_squares(tensor) for tensor in tensors)
+        return torch.tensor(math.sqrt(squares), dtype=torch.float32, device="cpu")
     norms = []
     for tensor in tensors:
         dtype = torch.promote_types(tensor.dtype, torch.float32)

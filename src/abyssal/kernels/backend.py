@@ -30,4 +30,5 @@ def backend(*tensors: Tensor) -> ModuleType | None:
 def product_dtype(x: Tensor) -> torch.dtype:
     """The dtype that matrix products of ``x`` run in: autocast's where it is on, else that of ``x``."""
     device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if on else x.dtype

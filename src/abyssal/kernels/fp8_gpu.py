@@ -17,6 +17,10 @@ A kernel is compiled anew for each width (a model has few), not for each number 
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -33,6 +37,17 @@ _COLUMNS = tl.constexpr(64)  # that a program of quantize_columns takes; divides
 # Two warpgroups share the two FP32 tiles of a product (the sum, and what comes out of the matrix unit); three stages of
 # operands are 96 KB, which is what Ada has.
 _PRODUCT = {"num_warps": 8, "num_stages": 3}
+
+
+def _where_its_tensors_are(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Launches go to the GPU that holds the first tensor, not to the current one."""
+
+    @functools.wraps(function)
+    def on_device(x: Tensor, *arguments: Any, **options: Any) -> Any:
+        with torch.cuda.device_of(x):
+            return function(x, *arguments, **options)
+
+    return on_device
 
 
 @triton.jit
@@ -74,6 +89,7 @@ def _quantize_rows(x, stored, scale, n_rows, n_columns: tl.constexpr, scale_stri
     tl.store(scale + tl.program_id(1).to(tl.int64) * scale_stride + row, scales, mask=row < n_rows)
 
 
+@_where_its_tensors_are
 def quantize_rows(x: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor]:
     """``x`` [P, C] -> E4M3 [P, C], scales [P, ⌈C/128⌉], which lie column by column."""
     rows, columns = x.shape
@@ -106,6 +122,7 @@ def _quantize_weight(
     tl.store(scale + scale_at + tl.arange(0, 1), scales)
 
 
+@_where_its_tensors_are
 def quantize_weight(weight: Tensor, transposed: bool) -> tuple[Tensor, Tensor]:
     """``weight`` [E, O, I] -> E4M3 and scales a block, of [E, I, O] where ``transposed``."""
     experts, n_out, n_in = weight.shape
@@ -144,6 +161,7 @@ def _quantize_columns(
     tl.store(scale + tile.to(tl.int64) * n_columns + column, scales, mask=column < n_columns)
 
 
+@_where_its_tensors_are
 def quantize_columns(x: Tensor, ends: Tensor, scale: Tensor | None, power_of_two: bool) -> tuple[Tensor, Tensor]:
     """``x`` [P, C] (E4M3 with ``scale`` [P, ⌈C/128⌉], or plain) -> E4M3 [C, T·128], scales [T, C]."""
     rows, columns = x.shape
@@ -190,6 +208,7 @@ def _product(
     tl.store(out + row[:, None] * n_out + column[None, :], total.to(out.dtype.element_ty), mask=mask)
 
 
+@_where_its_tensors_are
 def product(
     x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, ends: Tensor, dtype: torch.dtype
 ) -> Tensor:
@@ -239,6 +258,7 @@ def _weight_gradient(
     tl.store(out + to, total.to(out.dtype.element_ty), mask=(row < n_out)[:, None] & (column < n_in)[None, :])
 
 
+@_where_its_tensors_are
 def weight_gradient(
     grad: Tensor, grad_scale: Tensor, x: Tensor, x_scale: Tensor, ends: Tensor, dtype: torch.dtype
 ) -> Tensor:

@@ -64,7 +64,7 @@ class Plan:
 
 def plan(indices: Tensor, n_experts: int, dtype: torch.dtype) -> Plan:
     """Sorts assignments by expert, keeping token order within each. ``indices`` [N, K] int64; ``dtype`` of the work."""
-    flat, k = indices.reshape(-1).contiguous(), indices.shape[1]
+    flat, k = indices.reshape(-1).long().contiguous(), indices.shape[1]
     if flat.device.type != "cpu" or torch.compiler.is_compiling():
         return plan_on_device(indices, n_experts)
     compiled = native.library() is not None
@@ -197,7 +197,7 @@ class _GroupedLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bounds: list[int]) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.bounds = bounds
-        if native.multiplies(x, weight):
+        if native.multiplies(x, weight, bounds):
             return native.grouped_product(x, weight, bounds)
         if _even(bounds):
             return torch.bmm(x.view(len(weight), -1, x.shape[1]), weight.transpose(1, 2)).flatten(0, 1)
@@ -211,7 +211,7 @@ class _GroupedLinear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight = ctx.saved_tensors
         grad = grads[0].contiguous()
-        if native.multiplies(x, weight):
+        if native.multiplies(x, weight, ctx.bounds):
             grad_x = native.grouped_product_backward_x(grad, weight, ctx.bounds) if ctx.needs_input_grad[0] else None
             wanted = ctx.needs_input_grad[1]
             return grad_x, native.grouped_product_backward_weight(grad, x, ctx.bounds) if wanted else None, None

@@ -11,13 +11,13 @@ Shapes: P rows in expert order, N tokens, K experts a token, D hidden, F expert 
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import functools
 import hashlib
 import os
 import platform
 import shutil
 import subprocess
+import sys
 import tempfile
 import warnings
 from pathlib import Path
@@ -67,10 +67,12 @@ def supports(*tensors: Tensor) -> bool:
 def library() -> ctypes.CDLL | None:
     """The compiled library; None where it is switched off or cannot be made."""
     compiler = next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None)
-    if os.environ.get("ABYSSAL_NATIVE") == "0" or compiler is None or not all(p.is_file() for p in _SOURCES):
+    wanted = os.environ.get("ABYSSAL_NATIVE") != "0" and sys.platform == "linux"
+    if not wanted or compiler is None or not all(path.is_file() for path in _SOURCES):
         return None
     try:
-        return ctypes.CDLL(str(_build(compiler)))
+        with tempfile.TemporaryDirectory(prefix="abyssal-") as spare:
+            return ctypes.CDLL(str(_build(compiler, Path(spare))))
     except (OSError, subprocess.SubprocessError) as error:
         reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
         warnings.warn(
@@ -81,27 +83,34 @@ def library() -> ctypes.CDLL | None:
         return None
 
 
-def _build(compiler: str) -> Path:
-    """The library's file, compiled unless one of the same source, flags, compiler and processor is there."""
+def _build(compiler: str, spare: Path) -> Path:
+    """The library's file, compiled unless one of the same source, flags, compiler and processor is there. ``spare`` is
+    where it goes when there is no place to keep it."""
+    import fcntl
+
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
     sources = [path.read_text(encoding="utf-8") for path in _SOURCES]
     identity = "\n".join((*sources, *_FLAGS, version, platform.machine(), _processor()))
     name = f"native-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
     try:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "abyssal"
+        if (folder / name).is_file():
+            return folder / name
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / "native.lock").open("w")
     except (OSError, RuntimeError):  # no home, or not ours to write to
-        folder = Path(tempfile.mkdtemp(prefix="abyssal-"))
-        lock = (folder / "native.lock").open("w")
+        folder, lock = spare, (spare / "native.lock").open("w")
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # one process compiles, others wait for it
         target = folder / name
         if not target.exists():
             partial = folder / f"{name}.{os.getpid()}"
             command = [compiler, *_FLAGS, *map(str, _SOURCES), "-o", str(partial)]
-            subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
-            partial.rename(target)
+            try:
+                subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+                partial.rename(target)
+            finally:
+                partial.unlink(missing_ok=True)
         return target
 
 
@@ -112,6 +121,14 @@ def _processor() -> str:
         return "\n".join(sorted({line for line in text.splitlines() if line.startswith(("flags", "Features"))}))
     except OSError:
         return platform.processor()
+
+
+# Whatever torch's default dtype and device are: what C writes to is FP32 (or what is said), on the CPU.
+_CPU = torch.device("cpu")
+
+
+def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=_CPU)
 
 
 @functools.cache
@@ -128,8 +145,11 @@ def _call(name: str, types: tuple[torch.dtype, ...], *arguments: Any) -> None:
 
 
 def expert_counts(experts: Tensor, n_experts: int) -> Tensor:
-    """[E] int64: how often each expert stands in ``experts`` (int64, contiguous, each below ``n_experts``)."""
-    counts = torch.zeros(n_experts, dtype=torch.int64)
+    """[E] int64: how often each expert stands in ``experts`` (int64, contiguous). Raises IndexError for one that is not
+    0 to ``n_experts`` - 1."""
+    if experts.numel() and not 0 <= experts.min() <= experts.max() < n_experts:
+        raise IndexError(f"expert outside 0 to {n_experts - 1}")
+    counts = torch.zeros(n_experts, dtype=torch.int64, device=_CPU)
     _call("expert_counts", (), experts, experts.numel(), counts)
     return counts
 
@@ -137,8 +157,8 @@ def expert_counts(experts: Tensor, n_experts: int) -> Tensor:
 def expert_places(experts: Tensor, starts: Tensor, rows: int) -> tuple[Tensor, Tensor]:
     """slot [N·K] and assignment [``rows``], int32 (:class:`~abyssal.kernels.grouped.Plan` says what they are), for
     ``experts`` as above and each expert's first row ``starts`` [E] int64, which is overwritten."""
-    slot = torch.empty(experts.numel(), dtype=torch.int32)
-    assignment = torch.full((rows,), -1, dtype=torch.int32)
+    slot = _empty(experts.numel(), dtype=torch.int32)
+    assignment = torch.full((rows,), -1, dtype=torch.int32, device=_CPU)
     _call("expert_places", (), experts, experts.numel(), starts, slot, assignment)
     return slot, assignment
 
@@ -150,15 +170,26 @@ def has_tiles() -> bool:
     return loaded is not None and bool(loaded.amx_usable())
 
 
-def multiplies(x: Tensor, weight: Tensor) -> bool:
-    """Whether :func:`grouped_product` takes ``x`` [P, I] and ``weight`` [E, O, I], given bounds in multiples of 32."""
-    sizes = all(size % 32 == 0 for size in weight.shape[1:])
+def multiplies(x: Tensor, weight: Tensor, bounds: list[int]) -> bool:
+    """Whether :func:`grouped_product` takes ``x`` [P, I] and ``weight`` [E, O, I]: BF16, everything in multiples of
+    32."""
+    sizes = all(size % 32 == 0 for size in (*weight.shape[1:], *bounds))
     return x.dtype == weight.dtype == torch.bfloat16 and sizes and supports(x, weight) and has_tiles()
 
 
 def _grouped(kind: int, left: Tensor, right: Tensor, out: Tensor, bounds: list[int], sizes: torch.Size) -> Tensor:
     left, right = left.contiguous(), right.contiguous()
-    _call("grouped_product", (), kind, left, right, out, torch.tensor(bounds), *sizes, torch.get_num_threads())
+    _call(
+        "grouped_product",
+        (),
+        kind,
+        left,
+        right,
+        out,
+        torch.tensor(bounds, device=_CPU),
+        *sizes,
+        torch.get_num_threads(),
+    )
     return out
 
 
@@ -182,6 +213,7 @@ def grouped_product_backward_weight(grad: Tensor, x: Tensor, bounds: list[int]) 
 def swiglu(gate_up: Tensor, row_weight: Tensor | None) -> Tensor:
     """silu(gate) · up · row_weight: [P, 2F], [P] FP32 -> [P, F]."""
     gate_up = gate_up.contiguous()
+    row_weight = None if row_weight is None else row_weight.contiguous()
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     out = gate_up.new_empty(rows, width)
     _call("swiglu", (out.dtype,), gate_up, row_weight, out, rows, width, torch.get_num_threads())
@@ -191,6 +223,7 @@ def swiglu(gate_up: Tensor, row_weight: Tensor | None) -> Tensor:
 def swiglu_backward(grad: Tensor, gate_up: Tensor, row_weight: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Gradients of [P, 2F] and [P] for ``grad`` [P, F]."""
     grad, gate_up = grad.contiguous(), gate_up.contiguous()
+    row_weight = None if row_weight is None else row_weight.contiguous()
     out = torch.empty_like(gate_up)
     grad_weight = torch.empty_like(row_weight) if row_weight is not None else None
     rows, width = grad.shape
@@ -220,19 +253,18 @@ def sum_rows(rows: Tensor, slot: Tensor, k: int) -> Tensor:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """x / rms(x) · weight as ``dtype`` [N, D], and 1 / rms(x) [N] FP32; ``weight`` [D] FP32."""
-    x = x.contiguous()
-    out = torch.empty(x.shape, dtype=dtype)
-    rstd = torch.empty(x.shape[0], dtype=torch.float32)
+    x, weight = x.contiguous(), weight.contiguous()
+    out, rstd = _empty(*x.shape, dtype=dtype), _empty(x.shape[0])
     _call("rms_norm", (x.dtype, dtype), x, weight, eps, out, rstd, *x.shape, torch.get_num_threads())
     return out, rstd
 
 
 def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of ``x`` and of ``weight`` [D] FP32."""
-    grad, x = grad.contiguous(), x.contiguous()
+    grad, x, weight = grad.contiguous(), x.contiguous(), weight.contiguous()
     threads = torch.get_num_threads()
     out = torch.empty_like(x)
-    partial = torch.zeros(threads, x.shape[1])
+    partial = torch.zeros(threads, x.shape[1], dtype=torch.float32, device=_CPU)
     _call("rms_norm_backward", (x.dtype, grad.dtype), grad, x, weight, rstd, out, partial, *x.shape, threads)
     return out, partial.sum(0)
 
@@ -242,10 +274,11 @@ def cross_entropy_(logits: Tensor, targets: Tensor, ignored: int) -> Tensor:
 
     Raises IndexError for a target that is neither ``ignored`` nor below V.
     """
+    targets = targets.to(torch.int64).contiguous()
     real = targets[targets != ignored]
     if real.numel() and not 0 <= real.min() <= real.max() < logits.shape[1]:
         raise IndexError(f"target outside 0 to {logits.shape[1] - 1}")
-    nats = torch.empty(logits.shape[0])
+    nats = _empty(logits.shape[0])
     _call("cross_entropy", (logits.dtype,), logits, targets, ignored, nats, *logits.shape, torch.get_num_threads())
     return nats.sum()
 
@@ -255,7 +288,7 @@ def causal_softmax_(scores: Tensor, scale: float, first: int) -> Tensor:
 
     Returns the logarithm of each row's sum of exponentials, [M, t] FP32.
     """
-    log_sums = torch.empty(scores.shape[:2])
+    log_sums = _empty(*scores.shape[:2])
     _call("causal_softmax", (scores.dtype,), scores, scale, first, log_sums, *scores.shape, torch.get_num_threads())
     return log_sums
 
@@ -345,6 +378,10 @@ def adamw_(
     scale = float(scale)
     if not scale >= 0:
         return
+    tensors = [x for x in (weight, low, grad, m, v) if x is not None]
+    assert all(x.is_contiguous() and x.numel() == weight.numel() for x in tensors)
+    assert (low is None) == (weight.dtype == torch.float32)
+    assert m.dtype == v.dtype
     numbers = ctypes.byref(_Adam(lr, beta1, beta2, eps, weight_decay, bias1, bias2, scale))
     types = (weight.dtype, grad.dtype, m.dtype)
     _call("adamw", types, weight, low, grad, m, v, weight.numel(), numbers, torch.get_num_threads())
@@ -352,6 +389,7 @@ def adamw_(
 
 def sum_of_squares(x: Tensor) -> float:
     """Σ x², in FP64 over pieces of FP32."""
-    partial = torch.empty(torch.get_num_threads(), dtype=torch.float64)
+    x = x.contiguous()
+    partial = _empty(torch.get_num_threads(), dtype=torch.float64)
     _call("sum_of_squares", (x.dtype,), x, x.numel(), partial, torch.get_num_threads())
     return partial.sum().item()

@@ -33,6 +33,17 @@ class AdamW(torch.optim.Optimizer):
                 for key in self.moments_of(group):
                     self.state[parameter] |= _zeros(key, parameter, config.state)
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes back what ``state_dict`` gave, every tensor in its own dtype, where torch would cast it."""
+        super().load_state_dict(state_dict)
+        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        for number, parameter in zip(numbers, parameters, strict=True):
+            self.state[parameter] = {
+                key: value.clone() if key == "step" else value.to(parameter.device, copy=True)
+                for key, value in state_dict["state"][number].items()
+            }
+
     def moments_of(self, group: dict[str, Any]) -> tuple[str, ...]:
         """Names of the moments that the parameters of ``group`` have."""
         return ("exp_avg", "exp_avg_sq")

@@ -106,6 +106,8 @@ class TrainingStep:
         recompute: bool = False,
     ) -> None:
         self.model = model
+        if any(parameter.dtype in (torch.bfloat16, torch.float16) for parameter in model.parameters()):
+            model.float()  # what the optimizer works on; begin() says what is kept in fewer bits meanwhile
         self.optimizer = build_optimizer(model, optimizer)
         self.balancers = build_balancers(balance)
         self.clip, self.mtp_weight, self.recompute = clip, mtp_weight, recompute
@@ -131,6 +133,7 @@ class TrainingStep:
         is done, 0 to 1. Where the loss or the gradient is not finite nothing changes; on a CPU this raises NotFinite,
         else whoever reads the result has to ask (:meth:`StepResult.check`)."""
         self.begin()
+        self.optimizer.zero_grad()  # what a step that was broken off has left
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         depths = len(self.model.mtp_modules)
