@@ -13,9 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_runs import build_recipe
 
+from abyssal.errors import UserError
 from abyssal.training import hardware
-from abyssal.training.hardware import describe, limit_threads, suitable_threads
+from abyssal.training.hardware import describe, limit_threads, resolve_dtype, suitable_threads
 from abyssal.training.recipe import to_yaml
+from abyssal.training.start import start
 
 
 @pytest.fixture(autouse=True)
@@ -137,3 +139,27 @@ def test_the_command_line_limits_them_and_a_run_records_them(data, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "run" / "run.json").read_text())["hardware"]["threads"] == 2
+
+
+@pytest.mark.parametrize(
+    ("amx", "width", "expected"),
+    [
+        (True, 512, torch.bfloat16),
+        (True, 32, torch.bfloat16),
+        (True, 16, torch.float32),  # so narrow that products are not what takes the time
+        (False, 512, torch.float32),  # AVX512-BF16 or not: without tiles BF16 is slower
+    ],
+)
+def test_auto_takes_what_is_faster_on_a_cpu(monkeypatch, amx, width, expected):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
+    cpu = torch.device("cpu")
+    assert resolve_dtype("auto", cpu, width) == expected
+    assert resolve_dtype("bfloat16", cpu, width) == torch.bfloat16  # what is asked for is done
+    assert resolve_dtype("float32", cpu, width) == torch.float32
+
+
+def test_compiling_without_a_compiler_is_refused_before_anything_is_written(monkeypatch, data, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match=r"^training\.compile: true needs a C\+\+ compiler"):
+        start(build_recipe(data, training__compile=True), tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
 import platform
+import shutil
 from itertools import accumulate
 from pathlib import Path
 
@@ -48,6 +50,16 @@ def resolve_dtype(name: str, device: torch.device, hidden_size: int | None = Non
         return torch.bfloat16 if name == "bfloat16" else torch.float32
     narrow = device.type == "cpu" and hidden_size is not None and hidden_size < _NARROW
     return torch.bfloat16 if has_bfloat16(device) and not narrow else torch.float32
+
+
+def check_compiler(device: torch.device, field: str = "training.compile") -> None:
+    """Raises UserError, naming ``field``, where torch.compile has nothing to compile with."""
+    if device.type == "cpu":
+        there, needed = any(map(shutil.which, ("c++", "g++", "clang++"))), "a C++ compiler"
+    else:
+        there, needed = importlib.util.find_spec("triton") is not None, "triton"
+    if not there:
+        raise UserError(f"{field}: true needs {needed}, and none is installed here; leave it false or install it")
 
 
 def describe(device: torch.device, dtype: torch.dtype) -> dict[str, object]:

@@ -19,7 +19,7 @@ from abyssal.data.tokenizer import Tokenizer
 from abyssal.errors import UserError
 from abyssal.generation import Sampling, stream
 from abyssal.model import Transformer
-from abyssal.training.hardware import describe, resolve_device, resolve_dtype
+from abyssal.training.hardware import check_compiler, describe, resolve_device, resolve_dtype
 from abyssal.training.prepare import corpus_id, load_tokenizer, open_data
 from abyssal.training.recipe import Recipe, check, to_yaml
 from abyssal.training.trainer import Trainer, build_loader
@@ -36,6 +36,8 @@ def start(recipe: Recipe, path: Path, *, overwrite: bool = False, **options: Any
     """
     check_free(path, overwrite)
     device = resolve_device(recipe.training.device)
+    if recipe.training.compile:
+        check_compiler(device)
     config = recipe.model_config_resolved()
     dtype = resolve_dtype(recipe.training.dtype, device, config.hidden_size)
     tokenizer = load_tokenizer(recipe.data, config.vocab_size)
@@ -79,6 +81,8 @@ def resume(path: Path, recipe: Recipe | None, changes: dict[str, Any] | None = N
     config = stored.model_config_resolved()
     shards = _open(stored, config, tokenizer)
     device = resolve_device(stored.training.device)
+    if stored.training.compile:
+        check_compiler(device)
     hardware = run.manifest.get("hardware")
     recorded = hardware.get("dtype", "auto") if isinstance(hardware, dict) else "auto"  # what auto came to stays
     recorded = recorded if stored.training.dtype == "auto" else stored.training.dtype
