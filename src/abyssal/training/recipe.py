@@ -36,7 +36,7 @@ class TrainConfig(Config):
     weights that the optimizer works on, are FP32 in any case. ``fp8``: linear layers and experts multiply in FP8 as
     V3 did (its paper, §3.3); without FP8 hardware the same rounding is worked out in ``dtype``, slowly. ``mtp_weight``
     is λ of the V3 paper's eq. 25. ``recompute`` trades time for activation memory. ``compile``: torch.compile for the
-    parts of each block, a minute or more at the start; for GPUs, since on a CPU the package's own kernels are faster.
+    parts of each block; for GPUs (on a CPU it takes minutes, and the place of the package's own kernels).
     """
 
     steps: PositiveInt
