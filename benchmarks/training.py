@@ -11,8 +11,9 @@ measures the rate of 2048 × 2048 products; ratios are of steps in one round. ``
 not fit in memory together (M: 24 GB hold one of them, and transformers' FP32 weights with AdamW not at all): in each
 round every side runs some steps in a process of its own, one after the other, and transformers comes in the two ways
 that fit: weights and AdamW in BF16, and FP32 weights under autocast with SGD, which has no state to update. FLOPs are
-those of abyssal.analysis.flops, three times the forward pass; what is computed again on purpose is not counted.
-``--memory`` takes the peak of some steps of each side, in processes of their own.
+those of abyssal.analysis.flops, three times the forward pass; what is computed again on purpose is not counted. The
+floor is the time of those FLOPs at the rate of the products, and of the optimizer's bytes at the rate of copying, one
+after the other. ``--memory`` takes the peak of some steps of each side, in processes of their own.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ from abyssal.training.recipe import BalanceConfig, OptimizerConfig
 from abyssal.training.step import TrainingStep
 
 CPU = torch.device("cpu")
+BYTES = 26  # a weight that our AdamW moves: BF16 weight, its lower half and two FP32 moments both ways, BF16 gradient
 
 SHAPES: dict[str, tuple[dict[str, Any], int, int]] = {
     "S": (
@@ -256,16 +258,21 @@ def summary(
     """What is told and kept of a shape: ``times`` and ``rates`` (GFLOP/s of products) by round."""
     config, batch, length = shape(name)
     flops, tokens = step_flops(config, batch, length), batch * length
-    counts = count_parameters(config)
+    counts, memory = count_parameters(config), {kind: rate / 1e9 for kind, rate in bandwidth().items()}
+    products, gemm = flops / 1e9, spread(rates)
     return {
         "shape": name,
+        "floor": {
+            "products": products / gemm.median,
+            "optimizer": BYTES * (counts.total + counts.mtp) / 1e9 / memory["copy"],
+        },
         "parameters": counts.total,
         "active": counts.active,
         "dtype": str(dtype).removeprefix("torch."),
         "tokens": tokens,
         "tflop": flops / 1e12,
-        "gemm_gflops": spread(rates),
-        "memory_gb_per_s": {kind: rate / 1e9 for kind, rate in bandwidth().items()},
+        "gemm_gflops": gemm,
+        "memory_gb_per_s": memory,
         "seconds": {side: spread(values) for side, values in times.items()},
         "tokens_per_s": {side: spread([tokens / t for t in values]) for side, values in times.items()},
         "warmup_seconds": warmup,
@@ -328,6 +335,8 @@ def main() -> None:
             f"{result['gemm_gflops']} GFLOP/s, memory read at {result['memory_gb_per_s']['read']:.1f} GB/s, copied at "
             f"{result['memory_gb_per_s']['copy']:.1f}; first losses "
             + ", ".join(f"{loss:.4f}" for loss in result["first_loss"].values())
+            + f"; no step can be below {sum(result['floor'].values()):.2f} s at these rates "
+            f"(products {result['floor']['products']:.2f}, the optimizer's bytes {result['floor']['optimizer']:.2f})"
             + ("; first two steps " + ", ".join(f"{t:.0f} s" for t in result["warmup_seconds"].values())),
             flush=True,
         )
