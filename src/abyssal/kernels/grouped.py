@@ -254,8 +254,7 @@ def grouped_linear(x: Tensor, weight: Tensor, where: Plan) -> Tensor:
     On a GPU this is torch's grouped matmul where the dtype and sizes allow it (BF16, rows of a multiple of 16 bytes),
     and needs no word from the device; elsewhere one matrix product an expert.
     """
-    in_one_call = x.dtype == torch.bfloat16 or torch.compiler.is_compiling()
-    if where.bounds is None and in_one_call and x.shape[1] % 8 == 0 and weight.shape[1] % 8 == 0:
+    if where.bounds is None and x.dtype == torch.bfloat16 and x.shape[1] % 8 == 0 and weight.shape[1] % 8 == 0:
         return F.grouped_mm(x, weight.transpose(1, 2), offs=where.ends)
     out: Tensor = _GroupedLinear.apply(x, weight, where.host_bounds())
     return out
