@@ -185,7 +185,6 @@ class TrainingStep:
             self._fault += 0.0 * result.figures.sum()
             scale = scale + self._fault
         self.optimizer.step(scale)
-        self.optimizer.zero_grad(set_to_none=True)
         routers = self.model.routers
         for layer, load in result.loads.items():
             bias = routers[layer].e_score_correction_bias
