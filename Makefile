@@ -12,7 +12,7 @@ INSTALL := $(PIP) install --quiet --constraint constraints.txt $(if $(TORCH_INDE
 STAMP := $(shell date +%Y%m%d-%H%M%S)
 
 .PHONY: help setup demo test test-slow lint format bench bench-large bench-attention bench-scaling bench-learning \
-	bench-checkpoints wheel clean
+	bench-checkpoints bench-recording wheel clean
 
 help:
 	@echo "make demo       train a small DeepSeek-V3 on Tiny Shakespeare and let it talk"
@@ -20,6 +20,7 @@ help:
 	@echo "make lint       formatting, lint, types, one-way imports"
 	@echo "make bench      our training step beside transformers', in turn in one run; on a GPU too where there is one"
 	@echo "make bench-large, bench-scaling, bench-learning, bench-attention   the other tables of docs/performance.md"
+	@echo "make bench-recording    what recording routing costs while a model trains"
 	@echo "make bench-checkpoints  memory and time of loading, converting, exporting (16 GB of disk, 8 GB of memory)"
 	@echo "make test-slow  long proofs that CI leaves out"
 	@echo "make wheel      build the wheel, install it in an empty environment, run a command"
@@ -36,7 +37,7 @@ $(VENV)/.torch: constraints.txt | $(BIN)/python
 	@touch $@
 
 $(VENV)/.base: $(VENV)/.torch pyproject.toml
-	@$(INSTALL) --editable .
+	@$(INSTALL) --editable '.[plot]'
 	@touch $@
 
 # Triton comes with PyTorch's CUDA builds, in the version that they want; elsewhere its interpreter runs the GPU kernels' tests.
@@ -86,6 +87,9 @@ bench-scaling: $(VENV)/.dev
 
 bench-learning: $(VENV)/.dev
 	@$(BIN)/python benchmarks/learning.py
+
+bench-recording: $(VENV)/.dev
+	@$(BIN)/python benchmarks/recording.py
 
 bench-checkpoints: $(VENV)/.dev
 	@$(BIN)/python benchmarks/checkpoints.py

@@ -190,16 +190,6 @@ class Trainer:
         """The metrics of the steps since the last record: means, and loads added up."""
         n = len(results)
         t = self.recipe.training
-        layers: dict[str, Any] = {}
-        for layer, router in self.model.routers.items():
-            per_step = [r.loads[layer].cpu() for r in results]
-            load = torch.stack(per_step).sum(0)
-            b = balance(load)
-            cv = sum(balance(one).cv for one in per_step) / n
-            layers[str(layer)] = {"load": load.tolist(), "cv": cv, "max_vio": b.max_vio, "dead": b.dead}
-            if router.e_score_correction_bias is not None:
-                bias = [round(x, 7) for x in router.e_score_correction_bias.tolist()]
-                layers[str(layer)] |= {"bias": bias, "bias_range": [min(bias), max(bias)]}
         return {
             "kind": "train",
             "step": self.done,
@@ -213,8 +203,22 @@ class Trainer:
             "tokens_per_s": n * t.accumulate * t.batch_size * t.sequence_length / seconds,
             "tokens": self.tokens,
             "memory": {"process": process_memory(), "device": device_memory(self.device)},
-            "layers": layers,
+            "layers": self._layers(results),
         }
+
+    def _layers(self, results: list[StepResult]) -> dict[str, Any]:
+        """What the routers did, by layer: loads added up, their balance, the biases as they are now."""
+        layers: dict[str, Any] = {}
+        for layer, router in self.model.routers.items():
+            per_step = [r.loads[layer].cpu() for r in results]
+            load = torch.stack(per_step).sum(0)
+            b = balance(load)
+            cv = sum(balance(one).cv for one in per_step) / len(results)
+            layers[str(layer)] = {"load": load.tolist(), "cv": cv, "max_vio": b.max_vio, "dead": b.dead}
+            if router.e_score_correction_bias is not None:
+                bias = [round(x, 7) for x in router.e_score_correction_bias.tolist()]
+                layers[str(layer)] |= {"bias": bias, "bias_range": [min(bias), max(bias)]}
+        return layers
 
     def _validate(self) -> None:
         t = self.recipe.training
