@@ -164,7 +164,30 @@ def test_published_cost_of_training(name: str, gflop: int):
     assert round(3 * count_flops(preset(name), 4096).forward / 1e9) == gflop
 
 
-@pytest.mark.parametrize("name", ["deepseek-moe-16b", "deepseek-v2-lite", "deepseek-v3", "kimi-k2"])
+@pytest.mark.parametrize(("dense", "published"), [("deepseek-llm-7b", 74.4 / 183.5), ("llama2-7b", 74.4 / 187.9)])
+def test_published_share_of_dense_models(dense: str, published: float):
+    """DeepSeekMoE (arXiv 2401.06066, §5.2, tables 3 and 4): TFLOP a 4096 tokens, 40.5% and 39.6%."""
+    sparse = count_flops(preset("deepseek-moe-16b"), 4096)
+    assert sparse.training / count_flops(preset(dense), 4096).training == pytest.approx(published, abs=0.015)
+
+
+@pytest.mark.parametrize("feed_forward", FEED_FORWARD)
+def test_each_layer_is_what_torch_counts_in_it(feed_forward: str):
+    context, mtp = 9, 2
+    config = config_of("mla, q_lora", feed_forward, mtp)
+    flops, modules = count_flops(config, context), counted(config, context)
+    assert len(flops.by_layer) == 3 + mtp
+    heads, qk, v = 3, 10, 12
+    beyond_causal = heads * (qk + v) * (context - 1)  # torch counts each token to all tokens
+    for layer, cost in enumerate(flops.by_layer):
+        found = modules[f"Whole.inner.model.layers.{layer}"]
+        if layer >= 3:
+            found += BATCH * context * (2 * 64 * 32 + 2 * 32 * 48)  # eh_proj stands outside the block; and the head
+        assert found == BATCH * context * (cost + beyond_causal)
+    assert sum(flops.by_layer) == flops.forward + flops.mtp - 2 * 32 * 48
+
+
+@pytest.mark.parametrize("name", ["deepseek-moe-16b", "deepseek-v2-lite", "deepseek-v3", "kimi-k2", "llama2-7b"])
 def test_products_are_twice_the_active_matrices(name: str):
     config = preset(name)
     flops, counts = count_flops(config, 4096), count_parameters(config)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from abyssal.analysis.parameters import count_parameters
-from abyssal.config import ModelConfig, preset
+from abyssal.config import ModelConfig, preset, preset_names, to_published
 from abyssal.model import Transformer
 
 V3 = (671_026_419_200, 37_552_297_472, 36_625_618_432, 11_610_068_224, 44_040_192, 576)
@@ -43,6 +43,52 @@ def test_published_sizes(name: str):
     if active is not None:
         assert counted.active == active
         assert counted.active_without_embedding == lean
+
+
+@pytest.mark.parametrize(("name", "total"), [("deepseek-llm-7b", 6_910_365_696), ("llama2-7b", 6_738_415_616)])
+def test_dense_models_have_as_many_parameters_as_transformers_builds(name: str, total: int):
+    transformers = pytest.importorskip("transformers")
+    config = preset(name)
+    with torch.device("meta"):
+        theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig.from_dict(to_published(config)))
+    counted = count_parameters(config)
+    assert counted.total == counted.active == sum(p.numel() for p in theirs.parameters()) == total
+    assert counted.by_part == by_formula(config)
+    assert counted.active_without_embedding == total - config.vocab_size * 4096
+    assert counted.mtp_layers == ()
+
+
+def test_layers_of_v3():
+    counted = count_parameters(preset("deepseek-v3"))
+    attention, norms, expert = 187_107_328, 2 * 7168, 44_040_192
+    dense, moe = counted.layers[2], counted.layers[3]
+    assert (len(counted.layers), len(counted.mtp_layers)) == (61, 1)
+    assert dense.total == dense.active == attention + norms + 3 * 7168 * 18432
+    assert moe.total == attention + norms + 257 * expert + 256 * 7168 + 256
+    assert moe.active == moe.total - 248 * expert
+    # what the checkpoint has under layer 61, less the embedding and head that it repeats there
+    module = counted.mtp_layers[0]
+    assert module.total == moe.total + 2 * 7168 * 7168 + 3 * 7168 == 11_610_068_224
+    assert module.active == module.total - 248 * expert
+    assert module.by_part["projection"] == 2 * 7168 * 7168
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_layers_and_what_stands_outside_are_the_whole(name: str):
+    config = preset(name)
+    counted = count_parameters(config)
+    with torch.device("meta"):
+        state = Transformer(config).state_dict()
+    for i, layer in enumerate((*counted.layers, *counted.mtp_layers)):
+        assert layer.total == sum(t.numel() for key, t in state.items() if key.startswith(f"model.layers.{i}."))
+    outside = sum(n for part, n in by_formula_outside(config).items())
+    assert counted.total == sum(layer.total for layer in counted.layers) + outside
+    assert counted.active == sum(layer.active for layer in counted.layers) + outside
+
+
+def by_formula_outside(config: ModelConfig) -> dict[str, int]:
+    matrix = config.vocab_size * config.hidden_size
+    return {"embedding": matrix, "norm": config.hidden_size, "head": 0 if config.tie_word_embeddings else matrix}
 
 
 def test_v3_attention_is_187_million_a_layer():

@@ -15,7 +15,7 @@ from abyssal.checkpoint import load_model
 from abyssal.checkpoint.convert import convert
 from abyssal.checkpoint.load import read_model_config
 from abyssal.checkpoint.names import disk_tensors
-from abyssal.config import resolve_model
+from abyssal.config import from_published, resolve_model
 from abyssal.data.tokenizer import byte_tokenizer
 from abyssal.errors import UserError
 from abyssal.model import Transformer
@@ -89,6 +89,26 @@ def logits(model, tokens):
     return getattr(out, "logits", out)
 
 
+def llama(**changes):
+    """A dense model of transformers with random weights, norms among them."""
+    names = ("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads")
+    names += ("max_position_embeddings", "bos_token_id", "eos_token_id", "initializer_range")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**{name: COMMON[name] for name in names} | changes)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for name, tensor in model.named_parameters():
+            if "norm" in name or name.endswith("bias"):
+                tensor.add_(0.1 * torch.randn_like(tensor))
+    return model
+
+
+LLAMAS = {
+    "heads": {},
+    "grouped": {"num_key_value_heads": 2, "rms_norm_eps": 1e-5},
+    "one-kv-head-tied": {"num_key_value_heads": 1, "tie_word_embeddings": True},
+    "wide-heads-with-bias": {"head_dim": 24, "attention_bias": True, "rope_parameters": {"rope_theta": 500.0}},
+}
 TOKENS = torch.randint(2, 300, (3, 40), generator=torch.Generator().manual_seed(1))
 CASES = {
     "v2": (2, {}),
@@ -158,6 +178,44 @@ class TestRoundTrip:
         for row, got in zip(tokens.tolist(), logits(again, tokens), strict=True):
             assert difference(got, plain(row)) <= 1e-5
         assert identical(dict(model.float().state_dict()), dict(again.state_dict()))
+
+    @pytest.mark.parametrize("shard", ["40KB", "1GB"])
+    @pytest.mark.parametrize("case", LLAMAS)
+    def test_llama(self, tmp_path, case, shard):
+        reference = llama(**LLAMAS[case])
+        expected = logits(reference, TOKENS)
+        reference.save_pretrained(tmp_path / "theirs", max_shard_size=shard)
+        stored = tensors_in(tmp_path / "theirs")
+        assert ("lm_head.weight" in stored) == (not LLAMAS[case].get("tie_word_embeddings"))
+
+        model, _ = abyssal.load(tmp_path / "theirs")
+        assert difference(logits(model, TOKENS), expected) <= 1e-5
+        for source, name in ((model, "from-memory"), (tmp_path / "theirs", "from-folder")):
+            abyssal.export(source, tmp_path / name, shard_size=150_000)
+            assert identical(stored, tensors_in(tmp_path / name))
+            again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float32)
+            assert type(again) is transformers.LlamaForCausalLM
+            assert difference(logits(again.eval(), TOKENS), expected) <= 1e-5
+        # a dense model of ours is written in this layout, which more programs read than deepseek's
+        ours = model.config.model_copy(update={"published": {}})
+        abyssal.export(Transformer(ours), tmp_path / "ours")
+        assert json.loads((tmp_path / "ours" / "config.json").read_text())["model_type"] == "llama"
+
+    def test_llama_from_a_cache(self, tmp_path):
+        reference = llama(num_key_value_heads=2, vocab_size=258)
+        reference.save_pretrained(tmp_path / "m")
+        byte_tokenizer().save(tmp_path / "m")
+        model, tokenizer = abyssal.load(tmp_path / "m")
+        prompt = torch.tensor([[0, *tokenizer.encode("to be or ")]])
+        settings = {"attention_mask": torch.ones_like(prompt), "do_sample": False, "pad_token_id": 0}
+        ids = reference.generate(prompt, max_new_tokens=32, **settings)[0, prompt.shape[1] :].tolist()
+        expected = tokenizer.decode(ids[: ids.index(1)] if 1 in ids else ids)
+        assert abyssal.generate(model, tokenizer, "to be or ", temperature=0, max_new_tokens=32) == expected
+
+    def test_llama_that_transformers_does_not_take(self, tmp_path):
+        config = from_published(llama().config.to_dict() | {"hidden_size": 66})
+        with pytest.raises(UserError, match=r"hidden_size 66: transformers' Llama takes multiples of .* 4 only"):
+            abyssal.export(Transformer(config), tmp_path / "out")
 
     @pytest.mark.parametrize("repeated", [False, True])
     @pytest.mark.parametrize("depth", [1, 3])

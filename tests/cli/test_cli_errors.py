@@ -104,7 +104,9 @@ class TestNames:
             (("trian", "demo"), "trian"),
             (("inspect", "deepseek-v33"), "did you mean"),
             (("inspect", "none.json"), "none.json: no such file"),
-            (("inspect",), "'model'"),
+            (("inspect",), "'MODEL'"),
+            (("inspect", "--compare"), "'MODEL'"),
+            (("inspect", "deepseek-v3", "deepseek-v33"), "did you mean 'deepseek-v3'?"),
             (("presets", "--jsn"), "--jsn"),
             (("generate", "nowhere", "x"), "nowhere: no such run or folder"),
         ],
@@ -312,3 +314,23 @@ class TestInspect:
         assert "hidden_size" in refused("inspect", tmp_path / "config.json")
         (tmp_path / "config.json").write_text("{")
         assert "not valid json" in refused("inspect", tmp_path)
+        assert "not valid json" in refused("inspect", "--compare", "demo", tmp_path)
+
+    @pytest.mark.parametrize(
+        ("arguments", "right"),
+        [
+            (("demo", "--context", "1025"), "--context: 1025 is not between 1 and demo's max_position_embeddings 1024"),
+            (("demo", "--context", "0"), "--context: 0 is not between 1 and"),
+            (("deepseek-v3", "demo", "--context", "4096"), "between 1 and demo's max_position_embeddings 1024"),
+            (("demo", "--batch", "0"), "--batch: 0 is not between 1 and 1,000,000,000"),
+            (("demo", "--batch", "-3", "--json"), "--batch: -3 is not between"),
+            (("demo", "--batch", "9" * 400), "--batch: 999"),
+            (("demo", "--batch", "many"), "'--batch'"),
+            (("demo", "small", "--precision"), "--precision: for one model alone"),
+            (("demo", "--compare", "--precision"), "--precision: for one model alone"),
+            (("demo", "small", "--plan", "fp8"), "--plan: for one model alone"),
+            (("demo", "small", "demo"), "demo: named twice"),
+        ],
+    )
+    def test_options(self, refused, arguments, right):
+        assert right in refused("inspect", *arguments)

@@ -22,6 +22,7 @@ PUBLISHED = (
     *("deepseek-moe-16b", "deepseek-v2-lite", "deepseek-v2", "deepseek-v3", "deepseek-r1", "deepseek-v3.1"),
     *("moonlight-16b-a3b", "kimi-k2"),
 )
+DENSE = ("deepseek-llm-7b", "llama2-7b")
 
 
 def file_of(name: str) -> dict[str, Any]:
@@ -106,7 +107,20 @@ def test_published_yarn(name: str):
         )
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize(
+    ("name", "vocabulary", "layers", "eps"), [(DENSE[0], 102400, 30, 1e-6), (DENSE[1], 32000, 32, 1e-5)]
+)
+def test_published_settings_of_dense_models(name: str, vocabulary: int, layers: int, eps: float):
+    """DeepSeek LLM (arXiv 2401.02954, table 2) and Llama 2 (2307.09288), with their config.json files."""
+    c = preset(name)
+    assert (c.vocab_size, c.num_hidden_layers, c.rms_norm_eps) == (vocabulary, layers, eps)
+    assert (c.hidden_size, c.intermediate_size, c.max_position_embeddings, c.moe) == (4096, 11008, 4096, None)
+    a = c.attention
+    assert (a.kind, a.num_attention_heads, a.num_key_value_heads, a.head_dim, a.bias) == ("mha", 32, 32, 128, False)
+    assert (c.rope.theta, c.rope.layout, c.rope.yarn, c.tie_word_embeddings) == (10000, "halves", None, False)
+
+
+@pytest.mark.parametrize("name", PUBLISHED + DENSE)
 def test_published_files_come_back_key_by_key(name: str):
     original = file_of(name)
     with warnings.catch_warnings():
@@ -129,7 +143,7 @@ def test_every_preset_round_trips_in_our_own_form(name: str):
 def test_names_are_in_order_and_each_has_a_file():
     names = preset_names()
     assert len(set(names)) == len(names)
-    assert tuple(names[:8]) == PUBLISHED
+    assert tuple(names[:10]) == PUBLISHED + DENSE
     folder = resources.files("abyssal.config") / "presets"
     assert {f"{n}.json" for n in names} == {e.name for e in folder.iterdir() if e.name.endswith(".json")}
 

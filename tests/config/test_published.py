@@ -19,8 +19,9 @@ from abyssal.config import (
 )
 from abyssal.errors import UserError
 
-V1, V2, V3, KIMI = (
-    to_published(preset(name)) for name in ("deepseek-moe-16b", "deepseek-v2", "deepseek-v3", "kimi-k2")
+V1, V2, V3, KIMI, LLAMA = (
+    to_published(preset(name))
+    for name in ("deepseek-moe-16b", "deepseek-v2", "deepseek-v3", "kimi-k2", "deepseek-llm-7b")
 )
 SCALING = {
     "factor": 40.0,
@@ -174,6 +175,49 @@ def test_presets_through_transformers(tmp_path: Path, name: str):
     assert bare(read_config(tmp_path)) == bare(preset(name))
 
 
+@pytest.mark.parametrize("head_dim", [None, 20])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_llama_configs_saved_by_transformers(tmp_path: Path, kv_heads: int, head_dim: int | None):
+    transformers = pytest.importorskip("transformers")
+    settings = {
+        "vocab_size": 300,
+        "hidden_size": 48,
+        "intermediate_size": 70,
+        "num_hidden_layers": 5,
+        "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-5,
+        "initializer_range": 0.01,
+        "bos_token_id": 3,
+    }
+    others = {"num_attention_heads": 4, "num_key_value_heads": kv_heads, "attention_bias": True, "head_dim": head_dim}
+    rope = {"rope_theta": 30000.0, "rope_type": "default"}
+    saved = transformers.LlamaConfig(
+        **settings, **others, rope_parameters=rope, tie_word_embeddings=True, eos_token_id=[7, 9]
+    )
+    saved.save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        config = read_config(tmp_path)
+    attention = {"kind": "mha", "num_attention_heads": 4, "num_key_value_heads": kv_heads, "bias": True}
+    assert bare(config).model_dump(exclude={"published"}) == {
+        **settings,
+        "eos_token_id": 7,
+        "tie_word_embeddings": True,
+        "attention": attention | {"head_dim": head_dim or 12},
+        "rope": {"theta": 30000.0, "layout": "halves", "yarn": None},
+        "moe": None,
+        "mtp": {"num_nextn_predict_layers": 0},
+    }
+    mine, theirs = transformers.LlamaConfig.from_dict(to_published(config)).to_dict(), saved.to_dict()
+    assert {key: mine.get(key) for key in theirs} == theirs | {"architectures": ["LlamaForCausalLM"]}
+
+
+def test_what_only_a_moe_has_is_an_unknown_key_of_llama():
+    with pytest.warns(UserWarning, match="abyssal does not know n_routed_experts=8, num_nextn_predict_layers=1"):
+        config = from_published(LLAMA | {"n_routed_experts": 8, "num_nextn_predict_layers": 1})
+    assert (config.moe, config.mtp.num_nextn_predict_layers) == (None, 0)
+
+
 def test_dense_models_are_taken_by_transformers():
     transformers = pytest.importorskip("transformers")
     for model_type, cls in (
@@ -307,6 +351,17 @@ SEPARATE = {
         ("deepseek-v2-lite", {}, "deepseek", ["attention.kind 'mla'", "('mha')"]),
         ("deepseek-v2", {}, "deepseek_v3", ["'softmax'"]),
         ("deepseek-v3", {}, "deepseek_v2", ["num_nextn_predict_layers 1"]),
+        ("deepseek-moe-16b", {}, "llama", ["moe.n_routed_experts 64", "no experts"]),
+        ("deepseek-v2-lite", {"moe": None}, "llama", ["attention.kind 'mla'", "('mha')"]),
+        ("llama2-7b", {"rope": {"layout": "interleaved"}}, "llama", ["rope.layout 'interleaved'", "'halves'"]),
+        (
+            "llama2-7b",
+            {"rope": {"yarn": {"factor": 2.0, "original_max_position_embeddings": 4096}}},
+            "llama",
+            ["rope.yarn", "no YaRN"],
+        ),
+        ("llama2-7b", {"mtp": {"num_nextn_predict_layers": 1}}, "llama", ["num_nextn_predict_layers 1"]),
+        ("llama2-7b", {}, "deepseek_v3", ["attention.kind 'mha'", "('mla')"]),
     ],
 )
 def test_refusals_to_write(base: str, changes: dict[str, Any], target: str, says: list[str]):
@@ -332,11 +387,13 @@ def test_model_type_is_found_from_what_the_config_says():
         ("deepseek-v2", "deepseek_v2"),
         ("deepseek-v3", "deepseek_v3"),
         ("kimi-k2", "deepseek_v3"),  # without its published keys it is a V3
+        ("llama2-7b", "llama"),
+        ("yxanul-197m", "llama"),  # dense with multi-head attention, in our own form
     ):
         assert published_model_type(bare(preset(name))) == expected
 
 
-@pytest.mark.parametrize("name", ["deepseek_v33", "llama"])
+@pytest.mark.parametrize("name", ["deepseek_v33", "mixtral"])
 def test_unknown_target(name: str):
     with pytest.raises(UserError, match=f"model_type: '{name}' is not one of deepseek, deepseek_v2"):
         to_published(preset("deepseek-v3"), name)
@@ -350,8 +407,8 @@ def test_unknown_target(name: str):
     [
         (
             V3,
-            {"model_type": "llama"},
-            ["model_type: 'llama' is not one of deepseek, deepseek_v2, deepseek_v3, kimi_k2"],
+            {"model_type": "mixtral"},
+            ["model_type: 'mixtral' is not one of deepseek, deepseek_v2, deepseek_v3, kimi_k2, llama"],
         ),
         (V3, {"model_type": None}, ["model_type: missing"]),
         (V3, {"hidden_act": "gelu"}, ["hidden_act: 'gelu'", "only 'silu'"]),
@@ -389,6 +446,16 @@ def test_unknown_target(name: str):
         (V3, {"rope_scaling": {"type": "yarn", **SCALING, "betafast": 3}}, ["betafast", "did you mean 'beta_fast'?"]),
         (V3, {"rope_scaling": {"type": "yarn", **SCALING, "truncate": False}}, ["truncate: only True"]),
         (V3, {"rope_scaling": {"type": "yarn", **SCALING, "attention_factor": 1.1}}, ["attention_factor: only None"]),
+        (LLAMA, {"mlp_bias": True}, ["mlp_bias: True", "only False"]),
+        (LLAMA, {"rope_scaling": {"type": "yarn", **SCALING}}, ["rope_scaling.type: 'yarn'", "only none"]),
+        (LLAMA, {"rope_scaling": {"type": "linear", "factor": 2}}, ["rope_scaling.type: 'linear'", "only none"]),
+        (LLAMA, {"rope_parameters": {"rope_type": "llama3"}}, ["rope_parameters.type: 'llama3'", "only none"]),
+        (LLAMA, {"rope_scaling": {"factor": 2}}, ["rope_scaling: {'factor': 2}", "supported is none"]),
+        (LLAMA, {"hidden_act": "gelu"}, ["hidden_act: 'gelu'", "only 'silu'"]),
+        (LLAMA, {"head_dim": "128"}, ["head_dim: '128'", "integer"]),
+        (LLAMA, {"head_dim": 127}, ["head_dim: 127 is odd"]),
+        (LLAMA, {"head_dim": None, "hidden_size": 4097}, ["4097 is not a multiple of num_attention_heads 32"]),
+        (LLAMA, {"num_key_value_heads": 5}, ["num_key_value_heads: 5 does not divide num_attention_heads 32"]),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) and len(value) < 3 else "",
 )
@@ -427,7 +494,7 @@ values = st.one_of(
 )
 
 
-@given(base=st.sampled_from([V1, V2, V3, KIMI]), data=st.data(), value=values)
+@given(base=st.sampled_from([V1, V2, V3, KIMI, LLAMA]), data=st.data(), value=values)
 def test_whatever_a_key_holds_it_is_read_or_refused_in_one_line(base: dict[str, Any], data: st.DataObject, value: Any):
     key = data.draw(st.sampled_from(sorted(base)))
     changed = json.loads(json.dumps(base)) | {key: value}

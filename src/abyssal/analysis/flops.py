@@ -25,6 +25,8 @@ class Flops:
     context: int
     by_part: dict[str, int]
     mtp_by_part: dict[str, int]
+    by_layer: tuple[int, ...]
+    """Of each layer, then of each MTP module with the head that it applies once more; the main model's head is none."""
 
     @property
     def forward(self) -> int:
@@ -50,15 +52,19 @@ def count_flops(config: ModelConfig, context: int) -> Flops:
     layers, depths = config.num_hidden_layers, config.mtp.num_nextn_predict_layers
     head = 2 * config.hidden_size * config.vocab_size
     main: dict[str, int] = {}
-    for layer in range(layers):
-        _add(main, _block(config, layer, context))
-    _add(main, {"head": head})
     mtp: dict[str, int] = {}
+    by_layer = []
+    for layer in range(layers):
+        block = _block(config, layer, context)
+        by_layer.append(sum(block.values()))
+        _add(main, block)
+    _add(main, {"head": head})
     for layer in range(layers, layers + depths):
-        _add(mtp, {"projection": 2 * 2 * config.hidden_size * config.hidden_size})  # eh_proj
-        _add(mtp, _block(config, layer, context))
-        _add(mtp, {"head": head})
-    return Flops(context, main, mtp)
+        projection = 2 * 2 * config.hidden_size * config.hidden_size  # eh_proj
+        module = {"projection": projection, **_block(config, layer, context), "head": head}
+        by_layer.append(sum(module.values()))
+        _add(mtp, module)
+    return Flops(context, main, mtp, tuple(by_layer))
 
 
 def _block(config: ModelConfig, layer: int, context: int) -> dict[str, int]:

@@ -11,12 +11,20 @@ from rich.markup import escape
 if TYPE_CHECKING:
     import torch
 
-    from abyssal.analysis.flops import Flops
+    from abyssal.analysis.inspection import Inspection
     from abyssal.config import ModelConfig
+
+MOST_SEQUENCES = 10**9
 
 
 def inspect_command(
-    model: Annotated[str, typer.Argument(help="A preset, a config.json or its folder, a run, or a name on the hub.")],
+    models: Annotated[
+        list[str],
+        typer.Argument(metavar="MODEL", help="A preset, a config.json or its folder, a run, or a name on the hub."),
+    ],
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Models side by side, a column each; several are so without it, too.")
+    ] = False,
     precision: Annotated[
         bool, typer.Option("--precision", help="How much is stored in FP8, BF16 and FP32, by tensor.")
     ] = False,
@@ -30,56 +38,73 @@ def inspect_command(
     ] = None,
     context: Annotated[
         int | None,
-        typer.Option(metavar="N", help="Count FLOPs at N tokens a sequence. Default: 4096, or the model's most."),
+        typer.Option(
+            metavar="N", help="FLOPs and cache at N tokens a sequence. Default: 4096, or the most that all models take."
+        ),
     ] = None,
+    batch: Annotated[int, typer.Option(metavar="B", help="Cache of B sequences.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show parameters (all and active, by part), cached bytes and FLOPs a token. Takes no memory for weights."""
+    """Show parameters (all and active, by part and by layer), FLOPs a token, bytes of the cache and of the weights in
+    each precision. Takes no memory for weights."""
     import json
 
-    from abyssal.analysis.parameters import count_parameters
-    from abyssal.cli.show import console, show_table, table
+    from abyssal.analysis.inspection import inspect_model
+    from abyssal.cli.compare import show_comparison
+    from abyssal.errors import UserError
 
-    config = _config(model)
+    if not 1 <= batch <= MOST_SEQUENCES:
+        raise UserError(f"--batch: {batch} is not between 1 and {MOST_SEQUENCES:,}")
+    twice = next((model for i, model in enumerate(models) if model in models[:i]), None)
+    if twice is not None:
+        raise UserError(f"{twice}: named twice")
+    several = compare or len(models) > 1
+    if several and (precision or plan):
+        raise UserError(f"--{'precision' if precision else 'plan'}: for one model alone, not for a comparison")
+    configs = {model: _config(model) for model in models}
     if precision or plan:
-        _show_precision(model, config, plan or [], as_json)
+        _show_precision(models[0], configs[models[0]], plan or [], as_json)
         return
-    counts = count_parameters(config)
-    flops = _flops(config, context)
-    attention = config.attention
-    cached = attention.cached_values * config.num_hidden_layers
-    expanded = attention.expanded_values * config.num_hidden_layers
+    tokens = _context(configs, context)
+    inspections = {model: inspect_model(config, context=tokens, batch=batch) for model, config in configs.items()}
     if as_json:
-        data = {
-            "parameters": {"total": counts.total, **counts.by_part},
-            "active": {"total": counts.active, **counts.active_by_part},
-            "active_without_embedding": counts.active_without_embedding,
-            "mtp": counts.mtp,
-            "cached_values_per_token_and_layer": attention.cached_values,
-            "cached_bytes_per_token": {"bfloat16": 2 * cached, "float32": 4 * cached},
-            "expanded_bytes_per_token": {"bfloat16": 2 * expanded, "float32": 4 * expanded},
-            "flops": {
-                "context": flops.context,
-                "forward": {"total": flops.forward, **flops.by_part},
-                "mtp": {"total": flops.mtp, **flops.mtp_by_part},
-                "training": flops.training,
-            },
-            "config": config.model_dump(),
-        }
-        print(json.dumps(data, indent=2))
-        return
-    moe = config.moe
-    console.print(f"[bold]{escape(model)}[/bold]: {_describe_attention(config)}")
-    if moe:
-        layers = [i for i in range(config.num_hidden_layers) if config.is_moe_layer(i)]
-        groups = (
-            f", {moe.topk_group} of {moe.n_group} groups" if moe.n_group > 1 and moe.topk_method != "greedy" else ""
-        )
-        console.print(
-            f"{moe.n_routed_experts} routed experts of width {moe.moe_intermediate_size}, {moe.num_experts_per_tok} a "
-            f"token{groups}, {moe.n_shared_experts} shared; {moe.scoring_func} scores, {moe.topk_method}; "
-            f"{len(layers)} of {config.num_hidden_layers} layers"
-        )
+        data = {model: inspection.as_json() for model, inspection in inspections.items()}
+        print(json.dumps(data if several else data[models[0]], indent=2))
+    elif several:
+        show_comparison(inspections)
+    else:
+        _show(models[0], inspections[models[0]])
+
+
+def _context(configs: dict[str, ModelConfig], context: int | None) -> int:
+    from abyssal.errors import UserError
+
+    if context is None:
+        return min(4096, *(config.max_position_embeddings for config in configs.values()))
+    for model, config in configs.items():
+        if not 1 <= context <= config.max_position_embeddings:
+            raise UserError(
+                f"--context: {context} is not between 1 and {model}'s max_position_embeddings "
+                f"{config.max_position_embeddings}"
+            )
+    return context
+
+
+def _show(model: str, inspection: Inspection) -> None:
+    from abyssal.cli.show import console
+
+    console.print(f"[bold]{escape(model)}[/bold]: {_describe(inspection.config)}")
+    _show_parts(inspection)
+    _show_layers(inspection)
+    _show_flops(inspection)
+    _show_cache(inspection)
+    _show_weights(inspection)
+
+
+def _show_parts(inspection: Inspection) -> None:
+    from abyssal.cli.show import show_table, table
+
+    counts = inspection.counts
     out = table("\npart", "\nparameters", "\nshare", "\nactive a token")
     for part, count in counts.by_part.items():
         active = counts.active_by_part[part]
@@ -89,42 +114,84 @@ def inspect_command(
     if counts.mtp:
         out.add_row("MTP modules (not in the total)", f"{counts.mtp:,}", "", "")
     show_table(out)
-    out = table("\ncache", "\nvalues a token and layer", "\nbytes a token, BF16", "\nFP32")
-    name = "latent" if attention.kind != "mha" else "keys and values"
-    out.add_row(name, f"{attention.cached_values:,}", f"{2 * cached:,}", f"{4 * cached:,}")
-    if expanded != cached:
-        out.add_row("expanded heads", f"{attention.expanded_values:,}", f"{2 * expanded:,}", f"{4 * expanded:,}")
-        out.add_row("ratio", f"{expanded / cached:.1f}×", "", "")
-    show_table(out)
-    _show_flops(flops)
 
 
-def _flops(config: ModelConfig, context: int | None) -> Flops:
-    from abyssal.analysis.flops import count_flops
-    from abyssal.errors import UserError
-
-    longest = config.max_position_embeddings
-    if context is None:
-        context = min(4096, longest)
-    elif not 1 <= context <= longest:
-        raise UserError(f"--context: {context} is not between 1 and the model's max_position_embeddings {longest}")
-    return count_flops(config, context)
-
-
-def _show_flops(flops: Flops) -> None:
+def _show_layers(inspection: Inspection) -> None:
     from abyssal.cli.show import show_table, table
 
-    total = flops.forward
-    unit, scale = ("GFLOP", 1e9) if total >= 1e9 else ("MFLOP", 1e6)
+    unit, scale = _unit(inspection)
+    out = table("\nlayers", "\neach: parameters", "\nactive", f"\n{unit} a token", "\nall: parameters")
+    for group in inspection.layers:
+        each = group.parameters
+        out.add_row(
+            f"{group.label} {group.kind}",
+            *(f"{each.total:,}", f"{each.active:,}"),
+            *(f"{group.flops / scale:,.3f}", f"{each.total * len(group.layers):,}"),
+        )
+    counts = inspection.counts
+    rest = counts.total - sum(layer.total for layer in counts.layers)
+    head = f"{inspection.flops.by_part['head'] / scale:,.3f}"
+    out.add_row("outside layers", f"{rest:,}", f"{rest:,}", head, f"{rest:,}")
+    show_table(out)
+
+
+def _show_flops(inspection: Inspection) -> None:
+    from abyssal.cli.show import show_table, table
+
+    flops, (unit, scale) = inspection.flops, _unit(inspection)
     out = table(f"\nforward pass, context of {flops.context:,}", f"\n{unit} a token", "\nshare")
     for part, count in flops.by_part.items():
-        out.add_row(part, f"{count / scale:,.3f}", f"{count / total:.1%}")
-    out.add_row("[bold]total[/bold]", f"[bold]{total / scale:,.3f}[/bold]", "")
+        out.add_row(part, f"{count / scale:,.3f}", f"{count / flops.forward:.1%}")
+    out.add_row("[bold]total[/bold]", f"[bold]{flops.forward / scale:,.3f}[/bold]", "")
     if flops.mtp:
-        out.add_row("MTP modules (not in the total)", f"{flops.mtp / scale:,.3f}", "")
+        out.add_row("MTP modules and their head (not in the total)", f"{flops.mtp / scale:,.3f}", "")
     name = "training, 3 times forward with MTP" if flops.mtp else "training, 3 times forward"
     out.add_row(name, f"{flops.training / scale:,.3f}", "")
     show_table(out)
+
+
+def _show_cache(inspection: Inspection) -> None:
+    from abyssal.cli.show import show_table, size, table
+
+    cache, attention = inspection.cache, inspection.config.attention
+    out = table("\ncache", "\nvalues", "\nFP8", "\nBF16", "\nFP32")
+    kinds = {"keys and values" if attention.kind == "mha" else "latent": False, "expanded": True}
+    for name, expanded in kinds.items():
+        values = cache.expanded_values if expanded else cache.values
+        if expanded and values == cache.values:
+            continue
+        out.add_row(f"{name}, a token and layer", f"{values:,}", "", "", "")
+        token = inspection.cache_bytes(expanded=expanded)
+        out.add_row("  a token", f"{cache.layers * values:,}", *map(size, token.values()))
+        whole = inspection.cache_bytes(expanded=expanded, whole=True)
+        amount = inspection.context * inspection.batch
+        label = f"  {inspection.context:,} tokens × {inspection.batch:,}"
+        out.add_row(label, f"{cache.layers * values * amount:,}", *map(size, whole.values()))
+    if cache.expanded_values != cache.values:
+        out.add_row("expanded / latent", f"{cache.ratio:.1f}×", "", "", "")
+    show_table(out)
+
+
+def _show_weights(inspection: Inspection) -> None:
+    from abyssal.analysis.weights import GROUP
+    from abyssal.cli.show import console, show_table, size, table
+
+    counts = inspection.counts
+    columns = ("\nMTP modules",) if counts.mtp else ()
+    out = table("\nweights", "\nbytes", "\na parameter", *columns)
+    names = {"fp32": "FP32", "bf16": "BF16", "fp8": "FP8 blocks of 128 × 128", "int8": "int8", "int4": "int4"}
+    for precision, nbytes in inspection.weights.items():
+        mtp = (size(nbytes.mtp),) if counts.mtp else ()
+        out.add_row(names[precision], size(nbytes.main), f"{nbytes.main / counts.total:.3f}", *mtp)
+    show_table(out)
+    console.print(
+        "\nFP8, int8, int4: matrices of attention, dense MLPs and experts; the rest BF16.\n"
+        f"With scales: FP32 a block, BF16 a row (int8), BF16 for {GROUP} weights of it (int4)."
+    )
+
+
+def _unit(inspection: Inspection) -> tuple[str, float]:
+    return ("GFLOP", 1e9) if inspection.flops.forward >= 1e9 else ("MFLOP", 1e6)
 
 
 def _show_precision(model: str, config: ModelConfig, entries: list[str], as_json: bool) -> None:
@@ -202,13 +269,25 @@ def _config(model: str) -> ModelConfig:
     return find_config(model)
 
 
-def _describe_attention(config) -> str:  # type: ignore[no-untyped-def]
-    a = config.attention
-    size = f"hidden {config.hidden_size:,}, {config.num_hidden_layers} layers, vocabulary {config.vocab_size:,}"
+def _describe(config: ModelConfig) -> str:
+    """Sizes, attention and experts, a line each."""
+    a, moe = config.attention, config.moe
+    lines = [f"hidden {config.hidden_size:,}, {config.num_hidden_layers} layers, vocabulary {config.vocab_size:,}"]
     if a.kind == "mha":
-        return f"{size}; MHA, {a.num_attention_heads} heads of {a.head_dim}, {a.num_key_value_heads} kv heads"
-    latents = f"kv_lora_rank {a.kv_lora_rank}" if a.kind == "mla" else f"latents {a.k_lora_rank} and {a.v_lora_rank}"
-    query = f"q_lora_rank {a.q_lora_rank}" if a.q_lora_rank else "queries not compressed"
-    kind = "MLA" if a.kind == "mla" else "separate latents"
-    dims = f"{a.qk_nope_head_dim}/{a.qk_rope_head_dim}/{a.v_head_dim}"
-    return f"{size}; {kind}, {a.num_attention_heads} heads, nope/rope/v {dims}, {latents}, {query}"
+        lines.append(f"MHA, {a.num_attention_heads} heads of {a.head_dim}, {a.num_key_value_heads} kv heads")
+    else:
+        both = f"kv_lora_rank {a.kv_lora_rank}" if a.kind == "mla" else f"latents {a.k_lora_rank} and {a.v_lora_rank}"
+        query = f"q_lora_rank {a.q_lora_rank}" if a.q_lora_rank else "queries not compressed"
+        kind = "MLA" if a.kind == "mla" else "separate latents"
+        dims = f"{a.qk_nope_head_dim}/{a.qk_rope_head_dim}/{a.v_head_dim}"
+        lines.append(f"{kind}, {a.num_attention_heads} heads, nope/rope/v {dims}, {both}, {query}")
+    if moe:
+        count = sum(config.is_moe_layer(i) for i in range(config.num_hidden_layers))
+        grouped = moe.n_group > 1 and moe.topk_method != "greedy"
+        groups = f", {moe.topk_group} of {moe.n_group} groups" if grouped else ""
+        lines.append(
+            f"MoE in {count} of {config.num_hidden_layers} layers: {moe.n_routed_experts} routed experts of width "
+            f"{moe.moe_intermediate_size}, {moe.num_experts_per_tok} a token, {moe.n_shared_experts} shared"
+        )
+        lines.append(f"router: {moe.scoring_func} scores, {moe.topk_method}{groups}")
+    return "\n".join(lines)

@@ -16,6 +16,7 @@ from abyssal.errors import UserError, nearest
 _ORDER = (
     *("deepseek-moe-16b", "deepseek-v2-lite", "deepseek-v2", "deepseek-v3", "deepseek-r1", "deepseek-v3.1"),
     *("moonlight-16b-a3b", "kimi-k2"),
+    *("deepseek-llm-7b", "llama2-7b"),  # dense, which DeepSeekMoE-16B is compared with
     *("demo", "small", "base"),
     *("yxanul-197m", "yxanul-197m-mini-moe", "yxanul-197m-low-rank", "smollm2-135m-mla-moe", "first-moe"),
 )

@@ -1,4 +1,5 @@
-"""Published ``config.json`` <-> :class:`ModelConfig`, for model_type deepseek, deepseek_v2, deepseek_v3 and kimi_k2.
+"""Published ``config.json`` <-> :class:`ModelConfig`, for model_type deepseek, deepseek_v2, deepseek_v3, kimi_k2, and
+llama, which is how dense models with multi-head attention are published (DeepSeek LLM 7B, LLaMA2-7B).
 
 Reading keeps every key that says nothing about the computation (and writes it back); a key that is not known at all is
 kept too and named in a warning, since it may change what the model computes. Writing refuses what the target's own
@@ -14,7 +15,7 @@ from abyssal.config.model_config import MHAConfig, MLAConfig, ModelConfig
 from abyssal.config.parsing import parse
 from abyssal.errors import UserError, nearest
 
-MODEL_TYPES = ("deepseek", "deepseek_v2", "deepseek_v3", "kimi_k2")
+MODEL_TYPES = ("deepseek", "deepseek_v2", "deepseek_v3", "kimi_k2", "llama")
 
 # Keys that we carry through: they steer other people's code, training or files, not what the model computes.
 # fmt: off
@@ -32,6 +33,7 @@ _ARCHITECTURE = {
     "deepseek_v2": "DeepseekV2ForCausalLM",
     "deepseek_v3": "DeepseekV3ForCausalLM",
     "kimi_k2": "DeepseekV3ForCausalLM",
+    "llama": "LlamaForCausalLM",
 }
 _V1_CODE = {
     auto: f"deepseek-ai/deepseek-moe-16b-base--{name}"
@@ -91,7 +93,6 @@ def from_published(data: dict[str, Any], where: str = "config.json") -> ModelCon
         "rms_norm_eps": src.take("rms_norm_eps", 1e-6),
         "initializer_range": src.take("initializer_range", 0.02),
         "tie_word_embeddings": src.take("tie_word_embeddings", False),
-        "mtp": {"num_nextn_predict_layers": src.take("num_nextn_predict_layers", 0)},
     }
     extra: dict[str, Any] = {"model_type": model_type}
     for key in ("bos_token_id", "eos_token_id"):
@@ -104,18 +105,21 @@ def from_published(data: dict[str, Any], where: str = "config.json") -> ModelCon
             token = token[0] if token else None
         native[key] = token
     bias = src.take("attention_bias", False)
-    if model_type == "deepseek":
-        if _is_size(hidden_size) and _is_size(heads) and hidden_size % heads:
+    if model_type in ("deepseek", "llama"):
+        head_dim = src.take("head_dim") if model_type == "llama" else None
+        if head_dim is None and _is_size(hidden_size) and _is_size(heads) and hidden_size % heads:
             raise UserError(f"{where}: hidden_size: {hidden_size} is not a multiple of num_attention_heads {heads}")
+        if head_dim is None:
+            # where one of the two is no size, parse() below says so; what stands here is then of no account
+            head_dim = hidden_size // heads if _is_size(hidden_size) and _is_size(heads) else 2
         native["attention"] = {
             "kind": "mha",
             "num_attention_heads": heads,
             "num_key_value_heads": src.take("num_key_value_heads", heads),
-            # where one of the two is no size, parse() below says so; what stands here is then of no account
-            "head_dim": hidden_size // heads if _is_size(hidden_size) and _is_size(heads) else 2,
+            "head_dim": head_dim,
             "bias": bias,
         }
-        native["rope"] = {**_read_rope(src), "layout": "halves"}
+        native["rope"] = {**_read_rope(src, yarn=model_type != "llama"), "layout": "halves"}
     else:
         src.take("num_key_value_heads")  # MLA has as many as query heads, whatever the file says
         native["attention"] = {
@@ -130,7 +134,9 @@ def from_published(data: dict[str, Any], where: str = "config.json") -> ModelCon
         }
         interleaved = src.take("rope_interleave", True)
         native["rope"] = {**_read_rope(src), "layout": "interleaved" if interleaved else "halves"}
-    native["moe"] = _read_moe(src, model_type, native["num_hidden_layers"])
+    if model_type != "llama":  # there, what would say that it has experts or MTP modules is an unknown key
+        native["mtp"] = {"num_nextn_predict_layers": src.take("num_nextn_predict_layers", 0)}
+        native["moe"] = _read_moe(src, model_type, native["num_hidden_layers"])
     carried = {key: value for key, value in src.items() if key in _CARRIED}
     unknown = {key: value for key, value in src.items() if key not in _CARRIED}
     if told := {key: value for key, value in unknown.items() if value is not None}:
@@ -148,8 +154,11 @@ def _is_size(value: Any) -> bool:
     return type(value) is int and value > 0
 
 
-def _read_rope(src: _Source) -> dict[str, Any]:
-    """Both spellings: ``rope_theta`` + ``rope_scaling`` (``type``), or ``rope_parameters`` (``rope_type``, …)."""
+def _read_rope(src: _Source, *, yarn: bool = True) -> dict[str, Any]:
+    """Both spellings: ``rope_theta`` + ``rope_scaling`` (``type``), or ``rope_parameters`` (``rope_type``, …).
+
+    Without ``yarn`` no scaling is taken: transformers' Llama reads YaRN's settings otherwise than DeepSeek's code.
+    """
     old, new = src.take("rope_scaling"), src.take("rope_parameters")
     for key, value in (("rope_scaling", old), ("rope_parameters", new)):
         if value is not None and not isinstance(value, dict):
@@ -160,14 +169,13 @@ def _read_rope(src: _Source) -> dict[str, Any]:
     theta = settings.pop("rope_theta", top_theta)
     legacy_kind = settings.pop("type", None)
     kind = settings.pop("rope_type", None) or legacy_kind or "default"
+    right = "'yarn' or none" if yarn else "none"
     if kind == "default":
         if "factor" in settings:
-            raise UserError(
-                f"{src.where}: {name}: {settings!r} has a factor but no type 'yarn', which is what is supported"
-            )
+            raise UserError(f"{src.where}: {name}: {settings!r} has a factor but no type; supported is {right}")
         return {"theta": theta}
-    if kind != "yarn":
-        raise UserError(f"{src.where}: {name}.type: {kind!r} is not supported, only 'yarn' or none")
+    if kind != "yarn" or not yarn:
+        raise UserError(f"{src.where}: {name}.type: {kind!r} is not supported, only {right}")
     for key, usual in (("attention_factor", None), ("truncate", True)):  # transformers' own additions
         if settings.pop(key, usual) != usual:
             raise UserError(f"{src.where}: {name}.{key}: only {usual!r} is supported")
@@ -220,13 +228,15 @@ def _read_moe(src: _Source, model_type: str, layers: Any) -> dict[str, Any] | No
 
 def published_model_type(config: ModelConfig) -> str:
     """The model_type whose published code computes what ``config`` says. Raises UserError where none does."""
-    candidates = [config.published["model_type"]] if "model_type" in config.published else MODEL_TYPES[:3]
+    # llama first: many more programs read it than deepseek, which could say the same of a dense model
+    natively = ("llama", "deepseek", "deepseek_v2", "deepseek_v3")
+    candidates = [config.published["model_type"]] if "model_type" in config.published else natively
     reasons = {name: _cannot_express(config, name) for name in candidates}
     for name, reason in reasons.items():
         if reason is None:
             return str(name)
     if config.attention.kind == "mha":
-        name = "deepseek"
+        name = "deepseek" if config.moe else "llama"
     else:
         name = "deepseek_v2" if config.moe and config.moe.scoring_func == "softmax" else "deepseek_v3"
     name = name if name in reasons else next(iter(reasons))
@@ -268,6 +278,10 @@ def to_published(config: ModelConfig, model_type: str | None = None) -> dict[str
     }
     for key in ("bos_token_id", "eos_token_id"):
         out.setdefault(key, getattr(config, key))
+    if model_type == "llama":
+        assert isinstance(attention, MHAConfig)
+        heads = {"num_key_value_heads": attention.num_key_value_heads, "head_dim": attention.head_dim}
+        return out | heads | {"mlp_bias": False}
     if isinstance(attention, MHAConfig):
         out["num_key_value_heads"] = attention.num_key_value_heads
     else:
@@ -306,16 +320,25 @@ def for_export(config: ModelConfig, *, force: bool = False) -> dict[str, Any]:
     else:
         out.pop("auto_map", None)
     # They describe the file that this config came from, or what transformers works out itself.
-    for key in ("quantization_config", "dtype", "torch_dtype", "head_dim", "qk_head_dim"):
+    for key in ("quantization_config", "dtype", "torch_dtype", "qk_head_dim"):
         out.pop(key, None)
+    if model_type != "llama":
+        out.pop("head_dim", None)
     return out
 
 
 def _computed_differently(config: ModelConfig, model_type: str) -> str | None:
     """What transformers (5.23) computes differently from the published code of ``model_type``, or None."""
+    attention, moe, yarn = config.attention, config.moe, config.rope.yarn
     if model_type == "deepseek":  # not in transformers
         return None
-    attention, moe, yarn = config.attention, config.moe, config.rope.yarn
+    if model_type == "llama":
+        if config.hidden_size % attention.num_attention_heads:
+            return (
+                f"hidden_size {config.hidden_size}: transformers' Llama takes multiples of num_attention_heads "
+                f"{attention.num_attention_heads} only"
+            )
+        return None
     assert isinstance(attention, MLAConfig)
     scales = (yarn.mscale, yarn.mscale_all_dim) if yarn and yarn.factor > 1 else (1, 1)
     if 0 in scales and scales != (1, 0):
@@ -349,10 +372,12 @@ def _cannot_express(config: ModelConfig, model_type: str) -> str | None:
         return f"moe.segments {moe.segments} (segment routing) is a study variant of abyssal's own"
     if config.mtp.num_nextn_predict_layers and model_type not in ("deepseek_v3", "kimi_k2"):
         return f"mtp.num_nextn_predict_layers {config.mtp.num_nextn_predict_layers}: {model_type} has no MTP modules"
-    if model_type == "deepseek":
+    if model_type == "llama" and moe:
+        return f"moe.n_routed_experts {moe.n_routed_experts}: {model_type} has no experts"
+    if model_type in ("deepseek", "llama"):
         if not isinstance(attention, MHAConfig):
             return f"attention.kind {attention.kind!r}: {model_type} has multi-head attention ('mha')"
-        if attention.head_dim * attention.num_attention_heads != config.hidden_size:
+        if model_type == "deepseek" and attention.head_dim * attention.num_attention_heads != config.hidden_size:
             return f"attention.head_dim {attention.head_dim}: {model_type} takes hidden_size / num_attention_heads"
         if config.rope.layout != "halves":
             return f"rope.layout {config.rope.layout!r}: {model_type} turns 'halves'"
