@@ -16,13 +16,14 @@ if TYPE_CHECKING:
     from abyssal.config import ModelConfig, preset
     from abyssal.errors import UserError
     from abyssal.exporting import convert, export
-    from abyssal.generation import Sampling, generate, stream
+    from abyssal.generation import Engine, Sampling, generate, stream
     from abyssal.loading import load
     from abyssal.model import Cache, RoutingRecorder, Transformer
 
 # Loaded when first asked for: `abyssal --help` and `import abyssal` need not wait for torch.
 _WHERE = {
     "Cache": "abyssal.model",
+    "Engine": "abyssal.generation",
     "ModelConfig": "abyssal.config",
     "RoutingRecorder": "abyssal.model",
     "Sampling": "abyssal.generation",
@@ -37,6 +38,7 @@ _WHERE = {
 }
 __all__ = [
     "Cache",
+    "Engine",
     "ModelConfig",
     "RoutingRecorder",
     "Sampling",

@@ -318,7 +318,7 @@ class TestOneMessagesErrors:
         assert out == ""
         assert len(err) == 3
         assert err[0] == err[1]
-        assert err[0].startswith("error: logits: the largest of sequence 0 is nan")
+        assert err[0].startswith("error: logits: the largest is nan")
         assert json.loads(Path("chat.json").read_text()) == {"messages": []}
 
     def test_what_is_no_users_mistake_is_no_line(self, folder, monkeypatch):
@@ -472,17 +472,20 @@ class TestTyping:
 # The first answer ends only with Ctrl-C. Opening the terminal makes it the one whose keys send signals.
 TERMINAL = """
 import os, signal, sys
-import abyssal.generation.conversation as conversation
+from abyssal.generation.engine import Engine, Event
 from abyssal.cli import main
 
 os.close(os.open(os.ttyname(0), os.O_RDWR))
-real = conversation.steps
-def steps(model, tokenizer, prompts, sampling, done):
-    conversation.steps = real
-    for token in tokenizer.encode("as I was sayin"):
-        yield [token]
-    signal.pause()
-conversation.steps = steps
+real = Engine.step
+def step(self):
+    (sequence,) = self.waiting
+    said = self.tokenizer.encode("as I was sayin")
+    if len(sequence.new) == len(said):
+        Engine.step = real
+        signal.pause()
+    sequence.tokens.append(said[len(sequence.new)])
+    return [Event(sequence, sequence.tokens[-1:], sequence.text.push(sequence.tokens[-1]))]
+Engine.step = step
 sys.argv = ["abyssal", "chat", *sys.argv[1:]]
 main()
 """

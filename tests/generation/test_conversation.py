@@ -18,6 +18,7 @@ from abyssal.data.tokenizer import BOS, EOS, Tokenizer, byte_tokenizer
 from abyssal.errors import UserError
 from abyssal.generation import Sampling
 from abyssal.generation.conversation import Conversation, reply
+from abyssal.generation.engine import Engine
 from abyssal.model import Transformer
 
 transformers = pytest.importorskip("transformers")
@@ -169,19 +170,20 @@ class TestReply:
     def test_pieces_are_generates_text_and_tokens_are_counted(self, model: Transformer, seed: int):
         """An untrained model's bytes: many are no whole character, and some answers end with EOS."""
         tokenizer, sampling = byte_tokenizer(), Sampling(seed=seed, max_new_tokens=100)
-        pieces = list(reply(model, tokenizer, [0, 70, 80], sampling))
+        pieces = list(reply(Engine(model, tokenizer), [0, 70, 80], sampling))
         text = "".join(piece for _, piece in pieces)
         assert text == abyssal.generate(model, tokenizer, [0, 70, 80], sampling)
         counts = [count for count, _ in pieces]
         tokens = counts[-1]
         assert counts[:tokens] == list(range(1, tokens + 1))
         for fewer in (1, tokens // 2, tokens):
-            cut = list(reply(model, tokenizer, [0, 70, 80], dataclasses.replace(sampling, max_new_tokens=fewer)))
-            assert cut[:fewer] == pieces[:fewer]
+            less = dataclasses.replace(sampling, max_new_tokens=fewer)
+            cut = list(reply(Engine(model, tokenizer), [0, 70, 80], less))
+            assert cut[: fewer - 1] == pieces[: fewer - 1]
             assert cut[-1][0] == fewer
 
     def test_a_prompt_that_does_not_fit_the_model(self, model: Transformer):
         with pytest.raises(UserError, match="outside the model's vocabulary"):
-            next(reply(model, byte_tokenizer(), [258], Sampling()))
+            next(reply(Engine(model, byte_tokenizer()), [258], Sampling()))
         with pytest.raises(UserError, match="leave no room"):
-            next(reply(model, byte_tokenizer(), [2] * 128, Sampling()))
+            next(reply(Engine(model, byte_tokenizer()), [2] * 128, Sampling()))

@@ -16,8 +16,10 @@ from abyssal.config import ModelConfig, config_from_dict, to_published
 from abyssal.data.tokenizer import Tokenizer, byte_tokenizer, train_bpe
 from abyssal.errors import UserError
 from abyssal.generation import Sampling, generate, stream
-from abyssal.generation.generate import steps
-from abyssal.model import Cache, Transformer
+from abyssal.generation.engine import Engine
+from abyssal.generation.sampling import make_generators
+from abyssal.model import Transformer
+from abyssal.model.paged import PagedCache
 
 BYTES = byte_tokenizer()
 BPE = train_bpe(["stop here, stop there: été 🙂🙂 und so weiter und so fort\n\n" * 9], 320)
@@ -86,18 +88,25 @@ class Scripted(Transformer):
         self.scripts = scripts
         self.calls = 0
         self.modes: list[bool] = []
-        self.cache: Cache | None = None
+        self.said: dict[int, int] = {}  # how often each sequence was asked, by its first page
 
-    def hidden(self, tokens: Tensor, *, valid: Tensor | None = None, cache: Cache | None = None, **_: Any) -> Tensor:
+    def hidden(self, tokens: Tensor, *, cache: PagedCache, **_: Any) -> Tensor:
+        ragged = cache.ragged
+        pages = [int(table[0]) for table in ragged.tables]
+        for piece in ragged.pieces:
+            pages += [int(piece.table[0])] * (piece.end - piece.start)
         rows = []
-        for script in self.scripts:
-            wish = script[min(self.calls, len(script) - 1)]
+        for row, page in enumerate(pages):
+            self.said.setdefault(page, 0)
+            script = self.scripts[list(self.said).index(page)]
+            wish = script[min(self.said[page], len(script) - 1)]
             one = torch.zeros(self.config.vocab_size)
             rows.append(wish if isinstance(wish, Tensor) else one.index_fill(0, torch.tensor(wish), 100.0))
+            if row + 1 == len(pages) or pages[row + 1] != page:
+                self.said[page] += 1
         self.calls += 1
         self.modes.append(self.training or any(m.training for m in self.modules()))
-        self.cache = cache
-        return torch.stack(rows).unsqueeze(1)
+        return torch.stack(rows).unsqueeze(0)
 
 
 def saying(tokenizer: Tokenizer, *texts: str, **changes: Any) -> Scripted:
@@ -105,11 +114,12 @@ def saying(tokenizer: Tokenizer, *texts: str, **changes: Any) -> Scripted:
 
 
 def tokens_of(model: Transformer, prompts: list[list[int]], sampling: Sampling) -> list[list[int]]:
-    out: list[list[int]] = [[] for _ in prompts]
-    for new in steps(model, BYTES, prompts, sampling, set()):
-        for tokens, token in zip(out, new, strict=True):
-            tokens.extend([] if token is None else [token])
-    return out
+    engine = Engine(model, BYTES, prefix_cache=False)
+    generators = make_generators(sampling.seed, len(prompts))
+    sequences = [engine.add(prompt, sampling, generator=g) for prompt, g in zip(prompts, generators, strict=True)]
+    while engine.busy:
+        engine.step()
+    return [sequence.new for sequence in sequences]
 
 
 @torch.no_grad()
@@ -187,16 +197,6 @@ def test_a_sequence_that_ended_does_not_disturb_the_others():
     model = Scripted([[70, BYTES.eos_id, nan], [*BYTES.encode("four"), BYTES.eos_id]])
     assert generate(model, BYTES, ["a", "bc"]) == ["D", "four"]
     assert model.calls == 5
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_cache_has_the_models_dtype_and_the_sequences_length(dtype):
-    model = saying(BYTES, "ab", "c").to(dtype)
-    generate(model, BYTES, ["hello", "hi"], max_new_tokens=9)
-    assert model.cache.max_length == 6 + 9
-    assert {t.dtype for layer in model.cache.layers for t in layer.tensors} == {dtype}
-    assert not any(layer.expanded for layer in model.cache.layers)
-    assert isinstance(generate(make_model(dtype, moe=MOE), BYTES, PROMPTS, max_new_tokens=4), list)
 
 
 # --- where a text ends
@@ -309,16 +309,9 @@ def test_the_penalty_knows_prompt_and_new_tokens_but_no_padding():
     wish = torch.zeros(330)
     wish[[70, 71, 72, 73]] = torch.tensor([3.0, 2.0, 1.0, 3.5])
     more = wish.index_fill(0, torch.tensor(0), 5.0)  # the id that prompts are padded with
-    got: list[list[int | None]] = list(
-        steps(
-            Scripted([[wish], [more]]),
-            BYTES,
-            [[73, 99, 73], [99]],
-            Sampling(temperature=0, repetition_penalty=2.0, max_new_tokens=4),
-            set(),
-        )
-    )
-    assert [list(row) for row in zip(*got, strict=True)] == [[70, 71, 73, 73], [0, 73, 70, 0]]
+    sampling = Sampling(temperature=0, repetition_penalty=2.0, max_new_tokens=4)
+    got = tokens_of(Scripted([[wish], [more]]), [[73, 99, 73], [99]], sampling)
+    assert got == [[70, 71, 73, 73], [0, 73, 70, 0]]
 
 
 def test_gaps_in_the_tokenizers_ids_are_never_sampled():
@@ -328,8 +321,12 @@ def test_gaps_in_the_tokenizers_ids_are_never_sampled():
     tokenizer = Tokenizer(backend)
     wish = torch.full((800,), 5.0)
     wish[::3] = 0.0
-    for new in steps(Scripted([[wish]], vocab_size=800), tokenizer, [[0]], Sampling(max_new_tokens=60), set()):
-        assert new[0] % 3 == 0
+    engine = Engine(Scripted([[wish]], vocab_size=800), tokenizer)
+    sequence = engine.add([0], Sampling(max_new_tokens=60))
+    while engine.busy:
+        engine.step()
+    assert len(sequence.new) == 60
+    assert all(token % 3 == 0 for token in sequence.new)
 
 
 # --- prompts
@@ -372,7 +369,7 @@ def test_training_flags_are_as_before_and_off_during_a_step():
 
 def test_training_flags_are_as_before_after_an_error():
     model = Scripted([[70, torch.full((330,), torch.nan)]])
-    with pytest.raises(UserError, match="logits: the largest of sequence 0 is nan"):
+    with pytest.raises(UserError, match="logits: the largest is nan"):
         generate(model, BYTES, "x")
     assert all(m.training for m in model.modules())
 

@@ -112,7 +112,10 @@ class _Session:
     """A conversation, the model that answers, and where its words go."""
 
     def __init__(self, network: Transformer, conversation: Conversation, sampling: Sampling, terminal: bool) -> None:
-        self.network = network
+        from abyssal.generation.engine import Engine
+
+        # It keeps what was computed of the conversation: of the next turn only what is new is read.
+        self.engine = Engine(network, conversation.tokenizer)
         self.conversation = conversation
         self.sampling = sampling
         self.terminal = terminal
@@ -277,7 +280,7 @@ class _Session:
                         f"the prompt would take {len(ids):,} of {self.context:,} tokens of context and leave no room "
                         "for an answer; /reset starts anew"
                     )
-                for count, piece in reply(self.network, self.conversation.tokenizer, ids, sampling):
+                for count, piece in reply(self.engine, ids, sampling):
                     answer.take(count, piece)
                     print(_visible(piece), end="", flush=True)
             finally:

@@ -1,6 +1,7 @@
-"""From a prompt to text: `sampling` chooses the next token, `generate` runs the model and turns tokens into text."""
+"""From prompts to text: `engine` continues many at once, `sampling` chooses tokens, `generate` is the short way."""
 
+from abyssal.generation.engine import Engine
 from abyssal.generation.generate import generate, stream
 from abyssal.generation.sampling import Sampling
 
-__all__ = ["Sampling", "generate", "stream"]
+__all__ = ["Engine", "Sampling", "generate", "stream"]

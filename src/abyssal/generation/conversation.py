@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from abyssal.checkpoint.atomic import write_text
-from abyssal.data.tokenizer import StreamDecoder, Tokenizer
+from abyssal.data.tokenizer import Tokenizer
 from abyssal.errors import UserError
-from abyssal.generation.generate import prompt_ids, steps
+from abyssal.generation.engine import Engine
 from abyssal.generation.sampling import Sampling
-from abyssal.model import Transformer
 
 # What the conversation itself hands to the template.
 RESERVED = ("self", "messages", "add_generation_prompt")
@@ -78,21 +77,20 @@ class Conversation:
         write_text(path, json.dumps({"messages": self.messages}, indent=2, ensure_ascii=False) + "\n")
 
 
-def reply(
-    model: Transformer, tokenizer: Tokenizer, ids: Sequence[int], sampling: Sampling
-) -> Iterator[tuple[int, str]]:
+def reply(engine: Engine, ids: Sequence[int], sampling: Sampling) -> Iterator[tuple[int, str]]:
     """The text that follows the prompt ``ids``, token by token: how many tokens there are so far, and the piece of
     text that the last one completes, perhaps empty.
 
-    The pieces joined are what ``abyssal.generate`` returns for ``ids``, and it raises as that does; ``sampling.stop``
-    is not looked at.
+    The pieces joined are what ``abyssal.generate`` returns for ``ids``, and it raises as that does. An engine that
+    keeps prefixes computes of a conversation only what is new. Whoever closes the iterator early ends the answer there.
     """
-    prompts = prompt_ids(model, tokenizer, [list(ids)], False, False)
-    decoder = StreamDecoder(tokenizer)
-    count = 0
-    for (token,) in steps(model, tokenizer, prompts, sampling, set()):
-        if token is not None:
-            count += 1
-            yield count, decoder.push(token)
-    if rest := decoder.flush():
-        yield count, rest
+    sequence = engine.add(ids, sampling)
+    try:
+        while sequence.finished is None:
+            for event in engine.step():
+                if event.sequence is sequence:
+                    yield len(sequence.new), event.text
+        if sequence.error is not None:
+            raise UserError(sequence.error)
+    finally:
+        engine.cancel(sequence)

@@ -116,15 +116,19 @@ def sample(
     best = scores.max(-1)
     if not best.values.isfinite().all():
         row = int(best.values.isfinite().logical_not().nonzero()[0])
-        raise UserError(
-            f"logits: the largest of sequence {row} is {best.values[row].item()}; expected finite numbers "
-            "(damaged weights, or a dtype too narrow for this model?)"
-        )
+        raise UserError(not_finite(f"the largest of sequence {row}", best.values[row].item()))
     if sampling.temperature == 0:
         return best.indices
     p = scores.softmax(-1)
     drawn = [torch.multinomial(row, 1, generator=own) for row, own in zip(p, generators, strict=True)]
     return torch.cat(drawn)
+
+
+def not_finite(what: str, value: float) -> str:
+    """The error for logits of which ``what`` is ``value``."""
+    return (
+        f"logits: {what} is {value}; expected finite numbers (damaged weights, or a dtype too narrow for this model?)"
+    )
 
 
 def _penalise(scores: Tensor, seen: Sequence[Sequence[int]], penalty: float) -> Tensor:

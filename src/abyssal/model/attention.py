@@ -37,6 +37,7 @@ from abyssal.kernels.heads import keys_values, rotate, turn_heads
 from abyssal.model.cache import LayerCache
 from abyssal.model.fp8 import dense_weight
 from abyssal.model.layers import RMSNorm
+from abyssal.model.paged import PagedLayer
 from abyssal.model.rotary import attention_mscale
 
 # The norms inside the low-rank projections have this eps in the published code, whatever rms_norm_eps says.
@@ -57,6 +58,8 @@ class Context:
     """With no mask: whether query t is limited to keys 0…t (else it sees all keys, as a single new token does)."""
     key_rope: tuple[Tensor, Tensor] | None = None
     """Cosine and sine of all keys' positions, [B, S, 1, R/2]; only where a study variant caches keys unturned."""
+    pieces: tuple[Context, ...] = ()
+    """For a ragged pass: what there is to know about each of its pieces (:class:`abyssal.model.paged.Ragged`)."""
 
 
 def build_mask(valid: Tensor | None, start: int, queries: int, device: torch.device) -> tuple[Tensor | None, bool]:
@@ -90,16 +93,27 @@ class MultiHeadAttention(nn.Module):
         self.v_proj = nn.Linear(hidden, kv, bias=a.bias)
         self.o_proj = nn.Linear(a.num_attention_heads * a.head_dim, hidden, bias=a.bias)
 
-    def forward(self, x: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: Context, cache: LayerCache | PagedLayer | None = None) -> Tensor:
         split = (-1, self.attention.head_dim)
         q = rotate(self.q_proj(x).unflatten(-1, split), context.rope, self.interleaved)
         k = rotate(self.k_proj(x).unflatten(-1, split), context.rope, self.interleaved)
         v = self.v_proj(x).unflatten(-1, split)
+        scale = self.attention.head_dim**-0.5
+        if isinstance(cache, PagedLayer):
+            cache.write(k, v)
+            return self.o_proj(self._ragged(q, cache, context, scale))
         if cache is not None:
             k, v = cache.append(context.start, k, v)
-        scale = self.attention.head_dim**-0.5
         out = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale, context)
         return self.o_proj(out)
+
+    def _ragged(self, q: Tensor, cache: PagedLayer, context: Context, scale: float) -> Tensor:
+        """Rows of many sequences: ``q`` [1, N, H, d] -> [1, N, H·V]."""
+        outs = []
+        for piece, within in zip(cache.ragged.pieces, context.pieces, strict=True):
+            k, v = (y.to(q.dtype).transpose(1, 2) for y in cache.past(piece))
+            outs.append(attend(q[:, piece.start : piece.end].transpose(1, 2), k, v, scale, within))
+        return torch.cat(outs, dim=1)
 
 
 class Queries(nn.Module):
@@ -151,7 +165,11 @@ class LatentAttention(Queries):
         return queries * (2 * self.latent - self.nope - self.v_dim) < self.latent * (self.nope + self.v_dim)
 
     def forward(
-        self, x: Tensor, context: Context, cache: LayerCache | None = None, absorb: bool | None = None
+        self,
+        x: Tensor,
+        context: Context,
+        cache: LayerCache | PagedLayer | None = None,
+        absorb: bool | None = None,
     ) -> Tensor:
         """``absorb`` chooses the path; None: expanded without a cache, else whichever multiplies less."""
         q = self.queries(x, context)
@@ -163,19 +181,33 @@ class LatentAttention(Queries):
                 out = self._absorbed(q, torch.cat((latent, k_rope), dim=-1), context)
             else:
                 out = attend(q, *self._keys_values(latent, k_rope), self.scale, context)
+        elif isinstance(cache, PagedLayer):
+            cache.write(torch.cat((latent, k_rope), dim=-1))
+            out = self._ragged(q, cache, context)
         elif cache.expanded:
             new = (y.transpose(1, 2) for y in self._keys_values(latent, k_rope))
             k, v = (y.transpose(1, 2) for y in cache.append(context.start, *new))
             out = attend(q, k, v, self.scale, context)
         else:
             (past,) = cache.append(context.start, torch.cat((latent, k_rope), dim=-1))
-            absorb = self.absorb_pays(x.shape[1]) if absorb is None else absorb
-            if absorb:
-                out = self._absorbed(q, past, context)
-            else:
-                k, v = self._keys_values(past[..., : self.latent], past[..., self.latent :])
-                out = attend(q, k, v, self.scale, context)
+            out = self._over(past, q, context, absorb)
         return self.o_proj(out)  # (11)
+
+    def _over(self, past: Tensor, q: Tensor, context: Context, absorb: bool | None = None) -> Tensor:
+        """Attention of ``q`` [B, H, T, N + R] over cached latents ``past`` [B, S, C + R] -> [B, T, H·V]."""
+        absorb = self.absorb_pays(q.shape[2]) if absorb is None else absorb
+        if absorb:
+            return self._absorbed(q, past, context)
+        k, v = self._keys_values(past[..., : self.latent].to(q.dtype), past[..., self.latent :])
+        return attend(q, k, v, self.scale, context)
+
+    def _ragged(self, q: Tensor, cache: PagedLayer, context: Context) -> Tensor:
+        """Rows of many sequences: ``q`` [1, H, N, N + R] -> [1, N, H·V]."""
+        outs = []
+        for piece, within in zip(cache.ragged.pieces, context.pieces, strict=True):
+            (past,) = cache.past(piece)
+            outs.append(self._over(past, q[:, :, piece.start : piece.end], within))
+        return torch.cat(outs, dim=1)
 
     def _keys_values(self, latent: Tensor, k_rope: Tensor) -> tuple[Tensor, Tensor]:
         """Every head's key [B, H, S, N + R] and value [B, H, S, V] from latents, eq. (2), (4), (5)."""

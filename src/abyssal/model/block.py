@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,8 @@ from abyssal.model.attention import Context, LatentAttention, MultiHeadAttention
 from abyssal.model.cache import LayerCache
 from abyssal.model.layers import MLP, RMSNorm
 from abyssal.model.moe import MoE
-from abyssal.model.router import Recorder, Routing
+from abyssal.model.paged import PagedLayer
+from abyssal.model.router import OutputRecorder, Recorder, Routing
 from abyssal.model.variants import SegmentMoE, SeparateLatentAttention
 
 
@@ -54,7 +56,7 @@ class Block(nn.Module):
         x: Tensor,
         context: Context,
         *,
-        cache: LayerCache | None = None,
+        cache: LayerCache | PagedLayer | None = None,
         valid: Tensor | None = None,
         recorder: Recorder | None = None,
         recompute: bool = False,
@@ -68,7 +70,11 @@ class Block(nn.Module):
         routing = self.mlp.route(h)
         if recorder is not None:
             recorder.record(self.layer, _with_valid(routing, valid))
-        return x + run(self.mlp, h, routing)
+        if not isinstance(recorder, OutputRecorder):
+            return x + run(self.mlp, h, routing)
+        routed, shared = run(self.mlp.parts, h, routing)
+        recorder.record_outputs(self.layer, routed, shared)
+        return x + (routed if shared is None else routed + shared)
 
     def compile_parts(self) -> None:
         """Has torch.compile compile attention, router and feed-forward at their next call, each for itself: routing is
@@ -78,18 +84,17 @@ class Block(nn.Module):
             self.mlp.gate.compile(dynamic=False)
         self.mlp.compile(dynamic=False)
 
-    def _attend(self, x: Tensor, context: Context, cache: LayerCache | None) -> Tensor:
+    def _attend(self, x: Tensor, context: Context, cache: LayerCache | PagedLayer | None) -> Tensor:
         out: Tensor = self.self_attn(self.input_layernorm(x), context, cache)
         return out
 
 
-def _plainly(function: Callable[..., Tensor], *arguments: object) -> Tensor:
+def _plainly(function: Callable[..., Any], *arguments: object) -> Any:
     return function(*arguments)
 
 
-def _recomputed(function: Callable[..., Tensor], *arguments: object) -> Tensor:
-    out: Tensor = checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
-    return out
+def _recomputed(function: Callable[..., Any], *arguments: object) -> Any:
+    return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
 
 
 def _with_valid(routing: Routing, valid: Tensor | None) -> Routing:
@@ -122,11 +127,12 @@ class MTPModule(Block):
         embedding: Tensor,
         context: Context,
         *,
+        cache: PagedLayer | None = None,
         recorder: Recorder | None = None,
         recompute: bool = False,
     ) -> Tensor:
         """``hidden`` h_i and ``embedding`` of the token one further, both [B, T, D] -> hidden states for the head."""
         x = self.eh_proj(torch.cat((self.enorm(embedding), self.hnorm(hidden)), dim=-1))
-        x = self(x, context, recorder=recorder, recompute=recompute)
+        x = self(x, context, cache=cache, recorder=recorder, recompute=recompute)
         out: Tensor = self.shared_head["norm"](x)
         return out

@@ -48,7 +48,7 @@ class Cache:
         self.max_length = max_length
         self.length = 0
         self.valid: Tensor | None = None
-        shapes = _shapes(config, expanded)
+        shapes = cached_shapes(config, expanded)
         self.layers = [
             LayerCache([torch.zeros(batch, max_length, *s, dtype=dtype, device=device) for s in shapes], expanded)
             for _ in range(config.num_hidden_layers)
@@ -72,7 +72,7 @@ class Cache:
         return sum(t.untyped_storage().nbytes() for layer in self.layers for t in layer.tensors)
 
 
-def _shapes(config: ModelConfig, expanded: bool) -> list[tuple[int, ...]]:
+def cached_shapes(config: ModelConfig, expanded: bool = False) -> list[tuple[int, ...]]:
     """Shapes a token of what a layer caches."""
     a = config.attention
     if isinstance(a, MHAConfig):

@@ -59,6 +59,11 @@ class MoE(nn.Module):
 
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
         """Applies what was decided. ``routing`` may cut a token in segments: its [B, T·m] then says so."""
+        routed, shared = self.parts(x, routing)
+        return routed if shared is None else routed + shared
+
+    def parts(self, x: Tensor, routing: Routing) -> tuple[Tensor, Tensor | None]:
+        """What :meth:`forward` adds up, [B, T, D] each: routed experts, shared experts (None where there are none)."""
         flat = x.reshape(-1, x.shape[-1])
-        out = self.experts(flat, routing.indices.flatten(0, 1), routing.weights.flatten(0, 1)).view(x.shape)
-        return out if self.shared_experts is None else out + self.shared_experts(x)
+        routed = self.experts(flat, routing.indices.flatten(0, 1), routing.weights.flatten(0, 1)).view(x.shape)
+        return routed, None if self.shared_experts is None else self.shared_experts(x)

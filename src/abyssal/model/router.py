@@ -14,7 +14,7 @@ Shapes: N tokens ([..., D] flattened by the caller or not), E experts, K experts
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -49,6 +49,15 @@ class Recorder(Protocol):
     """Whoever wants to see routing passes one of these to the forward call; ``layer`` counts MTP modules on."""
 
     def record(self, layer: int, routing: Routing) -> None: ...
+
+
+@runtime_checkable
+class OutputRecorder(Recorder, Protocol):
+    """A recorder that also wants the two parts of each MoE layer's output, before they are added."""
+
+    def record_outputs(self, layer: int, routed: Tensor, shared: Tensor | None) -> None:
+        """``routed`` and ``shared`` [B, T, D]: sums over the routed and the shared experts (None: the layer has no
+        shared ones), padding included. Called once a forward pass, also where activations are recomputed."""
 
 
 class RoutingRecorder:
@@ -90,10 +99,11 @@ class Router(KeepsDtype):
                 weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
             return Routing(indices, weights * self.moe.routed_scaling_factor, scores)
 
-    def select(self, scores: Tensor) -> Tensor:
-        """The experts chosen for ``scores`` [..., E], as indices [..., K]."""
+    def select(self, scores: Tensor, *, biased: bool = True) -> Tensor:
+        """The experts chosen for ``scores`` [..., E], as indices [..., K]; without ``biased``, those that would be
+        chosen if there were no bias."""
         moe, choice = self.moe, scores
-        if self.e_score_correction_bias is not None:
+        if biased and self.e_score_correction_bias is not None:
             choice = scores + self.e_score_correction_bias
         if moe.topk_method != "greedy" and moe.n_group > 1:
             groups = choice.unflatten(-1, (moe.n_group, -1))

@@ -18,6 +18,7 @@ from abyssal.model.block import Block, MTPModule
 from abyssal.model.cache import Cache
 from abyssal.model.layers import RMSNorm
 from abyssal.model.moe import MoE
+from abyssal.model.paged import PagedCache, Ragged
 from abyssal.model.rotary import rotary_tables
 from abyssal.model.router import Recorder, Router
 
@@ -87,13 +88,14 @@ class Transformer(nn.Module):
         tokens: Tensor,
         *,
         valid: Tensor | None = None,
-        cache: Cache | None = None,
+        cache: Cache | PagedCache | None = None,
         recorder: Recorder | None = None,
     ) -> Tensor:
         """Logits [B, T, V] for ``tokens`` [B, T] int64, in the model's dtype (the autocast dtype under autocast).
 
         ``valid`` [B, T] bool marks real tokens in a batch padded on the left or right; positions count real tokens
-        only. ``cache`` holds the tokens before these and takes these in. ``recorder`` sees every router's decision.
+        only. ``cache`` holds the tokens before these and takes these in; a paged one says which sequence each of the
+        tokens [1, N] is of. ``recorder`` sees every router's decision.
         Raises UserError for a token id outside the vocabulary (checked on CPU tensors) or a full cache.
         """
         logits: Tensor = self.lm_head(self.hidden(tokens, valid=valid, cache=cache, recorder=recorder))
@@ -104,7 +106,7 @@ class Transformer(nn.Module):
         tokens: Tensor,
         *,
         valid: Tensor | None = None,
-        cache: Cache | None = None,
+        cache: Cache | PagedCache | None = None,
         recorder: Recorder | None = None,
         recompute: bool = False,
     ) -> Tensor:
@@ -114,17 +116,19 @@ class Transformer(nn.Module):
         """
         self._check_tokens(tokens)
         count = tokens.shape[1]
-        start = cache.length if cache is not None else 0
-        if cache is not None:
+        if isinstance(cache, PagedCache):
+            context = self._ragged_context(cache.ragged)
+        elif cache is not None:
             cache.extend(count, valid)
-            context = self._context(start, count, cache.valid, tokens.device, cached=not cache.layers[0].expanded)
+            unturned = not cache.layers[0].expanded
+            context = self._context(cache.length, count, cache.valid, tokens.device, cached=unturned)
         else:
             context = self._context(0, count, valid, tokens.device)
         x = self.model.embed_tokens(tokens)
         for i, block in enumerate(self.blocks):
             layer_cache = cache.layers[i] if cache is not None else None
             x = block(x, context, cache=layer_cache, valid=valid, recorder=recorder, recompute=recompute)
-        if cache is not None:
+        if isinstance(cache, Cache):
             cache.length += count
         out: Tensor = self.model.norm(x)
         return out
@@ -149,6 +153,18 @@ class Transformer(nn.Module):
             out.append(hidden)
         return out
 
+    def draft_hidden(self, depth: int, hidden: Tensor, tokens: Tensor, cache: PagedCache) -> Tensor:
+        """Hidden states [1, N, D] of the MTP module ``depth`` (from 0) in a ragged pass; ``lm_head`` makes them logits.
+
+        Row i has the state ``hidden`` [1, N, D] of a position (:meth:`hidden` of the same pass, or what the module
+        before gave) and in ``tokens`` [1, N] the token behind it, and is for the token after that. The pass's positions
+        are those of ``hidden``; the module keeps latents of its own, in the layer behind the main model's.
+        """
+        module = self.mtp_modules[depth]
+        layer = cache.layers[self.config.num_hidden_layers + depth]
+        context = self._ragged_context(cache.ragged)
+        return module.predict(hidden, self.model.embed_tokens(tokens), context, cache=layer)
+
     def mtp_logits(self, tokens: Tensor) -> list[Tensor]:
         """Logits of each MTP module for ``tokens`` [B, T + depth]: [B, T, V] each, position i for token i + k + 1."""
         count = tokens.shape[1] - len(self.mtp_modules)
@@ -168,6 +184,20 @@ class Transformer(nn.Module):
             key_rope = rotary_tables(self.config.rope, attention.rotary_dim, positions, dtype)
         mask, causal = build_mask(valid, start, count, device)
         return Context(rope, start, mask, causal, key_rope)
+
+    def _ragged_context(self, ragged: Ragged) -> Context:
+        attention, dtype = self.config.attention, self.lm_head.weight.dtype
+        rope = rotary_tables(self.config.rope, attention.rotary_dim, ragged.positions, dtype)
+        pieces = []
+        for piece in ragged.pieces:
+            count, key_rope = piece.end - piece.start, None
+            mask, causal = build_mask(None, piece.length - count, count, ragged.positions.device)
+            own = (rope[0][:, piece.start : piece.end], rope[1][:, piece.start : piece.end])
+            if attention.kind == "separate_latents":
+                positions = torch.arange(piece.length, device=ragged.positions.device).unsqueeze(0)
+                key_rope = rotary_tables(self.config.rope, attention.rotary_dim, positions, dtype)
+            pieces.append(Context(own, piece.length - count, mask, causal, key_rope))
+        return Context(rope, 0, None, False, pieces=tuple(pieces))
 
     def _check_tokens(self, tokens: Tensor) -> None:
         if tokens.device.type != "cpu" or tokens.numel() == 0 or torch.compiler.is_compiling():

@@ -21,6 +21,7 @@ from abyssal.model.attention import LATENT_NORM_EPS, Context, Queries, attend
 from abyssal.model.cache import LayerCache
 from abyssal.model.layers import MLP, RMSNorm
 from abyssal.model.moe import Experts, MoE
+from abyssal.model.paged import PagedLayer
 from abyssal.model.router import Router, Routing
 
 
@@ -38,10 +39,10 @@ class SegmentMoE(MoE):
         """Decides for each segment: [B, T·m, …], the segments of a token one after the other."""
         return self.gate(x.unflatten(-1, (self.segments, -1)).flatten(1, 2))
 
-    def forward(self, x: Tensor, routing: Routing) -> Tensor:
-        parts = x.reshape(-1, x.shape[-1] // self.segments)
-        out = self.experts(parts, routing.indices.flatten(0, 1), routing.weights.flatten(0, 1)).view(x.shape)
-        return out if self.shared_experts is None else out + self.shared_experts(x)
+    def parts(self, x: Tensor, routing: Routing) -> tuple[Tensor, Tensor | None]:
+        rows = x.reshape(-1, x.shape[-1] // self.segments)
+        routed = self.experts(rows, routing.indices.flatten(0, 1), routing.weights.flatten(0, 1)).view(x.shape)
+        return routed, None if self.shared_experts is None else self.shared_experts(x)
 
 
 class SeparateLatentAttention(Queries):
@@ -58,9 +59,19 @@ class SeparateLatentAttention(Queries):
         self.v_b_proj = nn.Linear(attention.v_lora_rank, heads * self.v_dim, bias=False)
         self.o_proj = nn.Linear(heads * self.v_dim, hidden, bias=attention.bias)
 
-    def forward(self, x: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: Context, cache: LayerCache | PagedLayer | None = None) -> Tensor:
         q = self.queries(x, context)
         latents = (self.k_a_layernorm(self.k_a_proj(x)), self.v_a_layernorm(self.v_a_proj(x)))
+        if isinstance(cache, PagedLayer):
+            cache.write(*latents)
+            outs = []
+            for piece, within in zip(cache.ragged.pieces, context.pieces, strict=True):
+                assert within.key_rope is not None
+                past = cache.past(piece)
+                k, v = self._keys_values(past[0].to(x.dtype), past[1].to(x.dtype), within.key_rope)
+                rows = q[:, :, piece.start : piece.end]
+                outs.append(attend(rows, k.transpose(1, 2), v.transpose(1, 2), self.scale, within))
+            return self.o_proj(torch.cat(outs, dim=1))
         if cache is None:
             k, v = self._keys_values(*latents, context.rope)
         elif cache.expanded:

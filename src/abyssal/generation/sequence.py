@@ -1,0 +1,48 @@
+"""What an engine knows of one request: plain data, changed by the engine's three steps and by nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from abyssal.generation.pool import Node
+from abyssal.generation.sampling import Sampling
+from abyssal.generation.text import Text
+
+
+@dataclass(eq=False)
+class Sequence:
+    """A prompt and what follows it."""
+
+    tokens: list[int]
+    """Prompt and new tokens."""
+    prompt: int
+    """How many of them are the prompt's."""
+    sampling: Sampling
+    generator: torch.Generator
+    room: int
+    """Most tokens in all: the prompt's and max_new_tokens, or the context."""
+    text: Text
+    computed: int = 0
+    """Tokens whose latents are in the pages."""
+    pages: list[int] = field(default_factory=list)
+    path: list[Node] = field(default_factory=list)
+    """Known pages of the pool that this sequence's text begins with."""
+    reused: int = 0
+    """Tokens of the prompt that were found computed."""
+    preempted: int = 0
+    """How often the pages were taken away."""
+    finished: str | None = None
+    """stop: EOS or a stop string; length; cancelled; error."""
+    error: str | None = None
+
+    @property
+    def new(self) -> list[int]:
+        """The tokens that followed the prompt."""
+        return self.tokens[self.prompt :]
+
+    @property
+    def pending(self) -> int:
+        """Tokens that the model has not seen yet; at least the last one."""
+        return len(self.tokens) - self.computed
