@@ -175,11 +175,11 @@ class TestReply:
         assert text == abyssal.generate(model, tokenizer, [0, 70, 80], sampling)
         counts = [count for count, _ in pieces]
         tokens = counts[-1]
-        assert counts[:tokens] == list(range(1, tokens + 1))
+        assert sorted(counts) == counts  # at least one token a piece, more where guesses were right
         for fewer in (1, tokens // 2, tokens):
             less = dataclasses.replace(sampling, max_new_tokens=fewer)
             cut = list(reply(Engine(model, tokenizer), [0, 70, 80], less))
-            assert cut[: fewer - 1] == pieces[: fewer - 1]
+            assert "".join(piece for _, piece in cut) == abyssal.generate(model, tokenizer, [0, 70, 80], less)
             assert cut[-1][0] == fewer
 
     def test_a_prompt_that_does_not_fit_the_model(self, model: Transformer):

@@ -3,19 +3,28 @@
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_generate import BYTES, MHA, MLA, MOE, SEPARATE, greedy_without_cache, make_model
+from tokenizers import decoders, models, pre_tokenizers
 
+from abyssal.data.tokenizer import Tokenizer
 from abyssal.errors import UserError
 from abyssal.generation import Sampling
 from abyssal.generation.engine import Engine
+from abyssal.generation.sampling import filter_logits, make_generators
+from abyssal.generation.sequence import Draft, Sequence
+from abyssal.generation.speculative import verify
+from abyssal.generation.text import Text
 from abyssal.model import Transformer
 
 KINDS: dict[str, dict[str, Any]] = {
     "mla": {"attention": MLA, "moe": MOE},
     "mha": {"attention": MHA, "rope": {"layout": "halves"}},
+    "one module": {"attention": MLA, "moe": MOE, "mtp": {"num_nextn_predict_layers": 1}},
+    "two modules": {"attention": MLA, "mtp": {"num_nextn_predict_layers": 2}},
     "separate": {"attention": SEPARATE},
 }
 MODELS: dict[str, Transformer] = {}
@@ -24,8 +33,25 @@ PLAIN: dict[tuple[str, tuple[int, ...]], list[int]] = {}
 
 def model_of(kind: str) -> Transformer:
     if kind not in MODELS:
-        MODELS[kind] = make_model(torch.float32, **KINDS[kind]).requires_grad_(False)
+        model = make_model(torch.float32, **KINDS[kind]).requires_grad_(False)
+        if model.mtp_modules:
+            make_predictable(model)
+        MODELS[kind] = model
     return MODELS[kind]
+
+
+def make_predictable(model: Transformer) -> None:
+    """What follows a token hangs mostly on the token itself, in the model as in its modules: guesses are often
+    right."""
+    for name, parameter in model.named_parameters():
+        if "o_proj." in name or "down_proj" in name:
+            parameter.mul_(0.03)
+    for module in model.mtp_modules:
+        half = model.config.hidden_size
+        module.eh_proj.weight[:, :half] = 0.3 * torch.eye(half)
+        module.eh_proj.weight[:, half:].mul_(0.05)
+        module.enorm.weight.fill_(1.0)
+        module.shared_head["norm"].weight.copy_(model.model.norm.weight)
 
 
 def plain(kind: str, prompt: list[int], count: int) -> list[int]:
@@ -33,6 +59,14 @@ def plain(kind: str, prompt: list[int], count: int) -> list[int]:
     if key not in PLAIN:
         PLAIN[key] = greedy_without_cache(model_of(kind), prompt, 12)
     return PLAIN[key][:count]
+
+
+def tiny_tokenizer(size: int) -> Tokenizer:
+    """One with ``size`` tokens and no end of text: every id may be said."""
+    vocabulary = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet())[:size])}
+    backend = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return Tokenizer(backend)
 
 
 # Few different beginnings, so that prompts share pages and computed text is found again.
@@ -43,7 +77,7 @@ PROMPTS = st.builds(
 )
 
 
-@settings(max_examples=60)
+@settings(max_examples=70)
 @given(data=st.data(), kind=st.sampled_from(sorted(KINDS)))
 def test_any_schedule_gives_what_each_prompt_gives_alone(data: st.DataObject, kind: str):
     requests = data.draw(st.lists(st.tuples(PROMPTS, st.integers(1, 12), st.integers(0, 8)), min_size=1, max_size=6))
@@ -57,6 +91,7 @@ def test_any_schedule_gives_what_each_prompt_gives_alone(data: st.DataObject, ki
         chunk=data.draw(st.integers(1, 40), "chunk"),
         most=data.draw(st.integers(1, 6), "most"),
         prefix_cache=data.draw(st.booleans(), "prefix_cache"),
+        drafts=data.draw(st.none() | st.integers(0, 5), "drafts") if "module" in kind else None,
     )
     cancelled = data.draw(st.sets(st.integers(0, len(requests) - 1), max_size=2), "cancelled")
     sequences = {}
@@ -173,10 +208,10 @@ def test_one_request_with_broken_logits_ends_alone(monkeypatch: pytest.MonkeyPat
     good, bad = (engine.add([token], Sampling(temperature=0, max_new_tokens=3)) for token in (5, 6))
     run = engine._run
 
-    def broken(work: Any, recorder: Any) -> torch.Tensor:
-        logits = run(work, recorder)
-        logits[[w.sequence for w in work if w.draws].index(bad)] = torch.nan if not good.new else 0.0
-        return logits
+    def broken(work: Any, recorder: Any) -> Any:
+        states, logits = run(work, recorder)
+        logits[[w.sequence for w in work if w.draws].index(bad)] = torch.nan
+        return states, logits
 
     engine._run = broken  # type: ignore[method-assign]
     engine.step()
@@ -192,3 +227,139 @@ def test_one_request_with_broken_logits_ends_alone(monkeypatch: pytest.MonkeyPat
 def test_sizes_below_one(name: str):
     with pytest.raises(UserError, match=f"{name}: 0 is not at least 1"):
         Engine(model_of("mha"), BYTES, **{name: 0})
+
+
+class TestGuessing:
+    def run(self, kind: str, drafts: int | None, **sampling: Any) -> tuple[Engine, Any]:
+        engine = Engine(model_of(kind), BYTES, drafts=drafts, page=4)
+        sequence = engine.add([10, 20, 30], Sampling(**{"temperature": 0, "max_new_tokens": 90} | sampling))
+        while engine.busy:
+            engine.step()
+        return engine, sequence
+
+    @pytest.mark.parametrize("kind", ["one module", "two modules"])
+    def test_some_guesses_are_right_and_some_wrong(self, kind: str):
+        """Else the tests above would say little of what happens after either."""
+        for drafts in (1, 2, 3):
+            engine, sequence = self.run(kind, drafts)
+            assert len(sequence.drafted) == drafts
+            assert 0 < engine.accepted < engine.drafted
+            assert (engine.drafted, engine.accepted) == (sum(sequence.drafted), sum(sequence.accepted))
+
+    @pytest.mark.parametrize("kind", ["one module", "two modules"])
+    def test_guesses_are_those_of_the_modules(self, kind: str):
+        """All of one module's; of two the first step's, since later the second may still have a wrong guess cached."""
+        engine = Engine(model_of(kind), BYTES, drafts=4, page=4, chunk=5)
+        sequence = engine.add(list(range(10, 23)), Sampling(temperature=0, max_new_tokens=40))
+        checked = 0
+        while engine.busy and not (checked and kind == "two modules"):
+            engine.step()
+            if sequence.drafts:
+                expected = plain_guesses(model_of(kind), sequence.tokens, 4)
+                assert [d.token for d in sequence.drafts] == expected[: len(sequence.drafts)]
+                checked += 1
+        assert checked > 10 or kind == "two modules"
+
+    def test_right_guesses_save_steps(self):
+        steps = []
+        engine = Engine(model_of("one module"), BYTES, drafts=1)
+        sequence = engine.add([10, 20, 30], Sampling(temperature=0, max_new_tokens=90))
+        while engine.busy:
+            steps.append(len(engine.step()))
+        assert len(steps) == len(sequence.new) - engine.accepted
+
+    def test_it_is_given_up_where_it_does_not_pay(self, monkeypatch: pytest.MonkeyPatch):
+        for worth, tried in ((0.0, None), (1.1, 32)):
+            monkeypatch.setattr("abyssal.generation.engine.cost_of_a_draft", lambda model, worth=worth: worth)
+            engine, sequence = self.run("one module", None)
+            assert sequence.drafted == [tried] if tried else engine.drafted > 32
+            assert len(sequence.new) == 90
+            monkeypatch.undo()
+
+    def test_not_asked_of_a_model_without_modules(self):
+        with pytest.raises(UserError, match="drafts: 2 is not valid; expected 0: this model has no MTP module"):
+            Engine(model_of("mla"), BYTES, drafts=2)
+        with pytest.raises(UserError, match="drafts: -1 is not valid; expected a number from 0"):
+            Engine(model_of("one module"), BYTES, drafts=-1)
+
+
+@pytest.mark.parametrize(
+    ("draws", "filters"),
+    [(20_000, {}), (4_000, {"top_k": 5}), (4_000, {"temperature": 0.6, "top_p": 0.8, "repetition_penalty": 1.3})],
+)
+def test_guessed_tokens_are_distributed_as_drawn_ones(draws: int, filters: dict[str, Any]):
+    """Chi-squared of verify() against the distribution that it must leave alone, for one guess and its successor."""
+    size = 12
+    g = torch.Generator().manual_seed(1)
+    target, after = torch.randn(size, generator=g) * 1.5, torch.randn(size, size, generator=g) * 1.5
+    guess = target + torch.randn(size, generator=g)
+    sampling = Sampling(**filters)
+    own = torch.Generator().manual_seed(2)
+    q = filter_logits(guess.unsqueeze(0), [[3]], sampling).softmax(-1)[0]
+    pairs = torch.zeros(size, size, dtype=torch.float64)
+    singles = torch.zeros(size, dtype=torch.float64)
+    for token in torch.multinomial(q, draws, replacement=True, generator=own).tolist():
+        sequence = Sequence([3], 1, sampling, own, 9, Text(BYTES, ()))
+        sequence.drafts = [Draft(token, q)]
+        said = verify(torch.stack((target, after[token])), sequence)
+        singles[said[0]] += 1
+        if len(said) == 2:
+            pairs[said[0], said[1]] += 1
+    p = filter_logits(target.unsqueeze(0), [[3]], sampling).softmax(-1)[0].double()
+    assert chi_squared(singles, p) > 1e-4
+    assert float(pairs.sum()) / draws == pytest.approx(float(torch.minimum(p, q.double()).sum()), abs=0.03)
+    for first in pairs.sum(1).topk(2).indices.tolist():  # behind an accepted guess stands a draw like any other
+        follows = filter_logits(after[first].unsqueeze(0), [[3, first]], sampling).softmax(-1)[0].double()
+        assert chi_squared(pairs[first], follows) > 1e-4
+
+
+@torch.no_grad()
+def plain_guesses(model: Transformer, tokens: list[int], count: int) -> list[int]:
+    """What follows ``tokens``, guessed without any cache: all positions anew for every guess."""
+    text = list(tokens)
+    states = out = model.hidden(torch.tensor([tokens[:-1]]))
+    for depth in range(count):
+        number = min(depth, len(model.mtp_modules) - 1)
+        if depth > number:  # once more the last module, a position further, with its own output as the state there
+            states = torch.cat((states, out[:, -1:]), dim=1)
+        else:
+            states = out
+        following = text[1 + number :][: states.shape[1]]
+        embedding = model.model.embed_tokens(torch.tensor([following]))
+        context = model._context(0, states.shape[1], None, states.device)
+        out = model.mtp_modules[number].predict(states, embedding, context)
+        text.append(int(model.lm_head(out[0, -1])[: BYTES.vocab_size].argmax()))
+    return text[len(tokens) :]
+
+
+def chi_squared(seen: torch.Tensor, p: torch.Tensor) -> float:
+    """The probability of counts at least as far from ``p`` as ``seen``; bins that expect less than 5 are joined."""
+    expected = p * seen.sum()
+    assert float(seen[p == 0].sum()) == 0
+    small = expected < 5
+    groups = [(seen[i], expected[i]) for i in torch.nonzero(~small).flatten().tolist()]
+    if float(expected[small].sum()) >= 5:
+        groups.append((seen[small].sum(), expected[small].sum()))
+    statistic = sum(float((o - e) ** 2 / e) for o, e in groups)
+    return float(torch.special.gammaincc(torch.tensor((len(groups) - 1) / 2.0), torch.tensor(statistic / 2)))
+
+
+def test_a_whole_engine_draws_as_the_model_does():
+    """4,000 first and second tokens of a tiny vocabulary, the second of them guessed, against the model's own
+    account."""
+    config = {"vocab_size": 12, "attention": MLA, "mtp": {"num_nextn_predict_layers": 1}, "hidden_size": 32}
+    model = make_model(torch.float32, **config).requires_grad_(False)
+    tokenizer = tiny_tokenizer(12)
+    p = model(torch.tensor([[5]]))[0, -1].double().softmax(-1)
+    follow = model(torch.tensor([[5, t] for t in range(12)]))[:, -1].double().softmax(-1)
+    both = (p.unsqueeze(1) * follow).flatten()
+    seen = torch.zeros(12, 12, dtype=torch.float64)
+    engine = Engine(model, tokenizer, drafts=1, most=1000, chunk=4000)
+    generators = make_generators(7, 4_000)
+    sequences = [engine.add([5], Sampling(max_new_tokens=3), generator=g) for g in generators]
+    while engine.busy:
+        engine.step()
+    for sequence in sequences:
+        seen[sequence.new[0], sequence.new[1]] += 1
+    assert engine.accepted > 200
+    assert chi_squared(seen.flatten(), both) > 1e-4

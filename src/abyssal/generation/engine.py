@@ -26,14 +26,16 @@ from torch import Tensor, nn
 
 from abyssal.data.tokenizer import Tokenizer
 from abyssal.errors import UserError
+from abyssal.generation.layout import Span, lay_out
 from abyssal.generation.pool import PagePool
 from abyssal.generation.prompts import absent_ids, check_ids, check_tokenizer, end_ids
 from abyssal.generation.sampling import Sampling, make_generators, not_finite, sample
 from abyssal.generation.sequence import Sequence
+from abyssal.generation.speculative import TRIAL, Confirmed, cost_of_a_draft, draft, verify
 from abyssal.generation.text import Text
 from abyssal.model import Recorder, Transformer
 from abyssal.model.cache import cached_shapes
-from abyssal.model.paged import PagedCache, Piece, Ragged, attends_by_row
+from abyssal.model.paged import PagedCache, attends_by_row
 
 PAGE = 64
 _MEMORY = 2**30
@@ -52,7 +54,7 @@ class Event:
 
 @dataclass(frozen=True)
 class Work:
-    """The next ``count`` tokens of a sequence, to be computed in this step."""
+    """The next ``count`` tokens of a sequence, to be computed in this step, its drafts behind the last one included."""
 
     sequence: Sequence
     count: int
@@ -60,7 +62,19 @@ class Work:
     @property
     def draws(self) -> bool:
         """Whether what follows these tokens is to be drawn: they are the last ones known."""
-        return self.count == self.sequence.pending
+        return self.count >= self.sequence.pending
+
+    @property
+    def span(self) -> Span:
+        """Where they lie."""
+        return Span(self.sequence.pages, self.sequence.computed, self.sequence.computed + self.count)
+
+    @property
+    def tokens(self) -> list[int]:
+        """What is computed."""
+        s = self.sequence
+        known = s.tokens[s.computed : s.computed + self.count]
+        return known + [d.token for d in s.drafts[: self.count - len(known)]]
 
 
 class Engine:
@@ -68,7 +82,8 @@ class Engine:
 
     ``pages`` pages of ``page`` tokens are its memory for past tokens; without it, as many as 1 GiB holds, and at least
     one whole context's. ``chunk`` is the most tokens that a step computes, ``most`` the most sequences it works on at a
-    time. ``prefix_cache`` keeps computed text for prompts that begin with it.
+    time. ``prefix_cache`` keeps computed text for prompts that begin with it. ``drafts`` is how many tokens ahead the
+    model's MTP modules guess; None: as many as there are modules, as long as that pays; 0: none.
     """
 
     def __init__(
@@ -81,16 +96,24 @@ class Engine:
         chunk: int = 512,
         most: int = 64,
         prefix_cache: bool = True,
+        drafts: int | None = None,
     ) -> None:
         for name, value in (("pages", 1 if pages is None else pages), ("page", page), ("chunk", chunk), ("most", most)):
             if value < 1:
                 raise UserError(f"{name}: {value} is not at least 1")
+        modules = len(model.mtp_modules)
+        if drafts is not None and (drafts < 0 or (drafts > 0 and modules == 0)):
+            right = "a number from 0" if modules else "0: this model has no MTP module to guess with"
+            raise UserError(f"drafts: {drafts} is not valid; expected {right}")
         check_tokenizer(model, tokenizer)
         self.model, self.tokenizer = model, tokenizer
         self.chunk, self.most, self.prefix_cache = chunk, most, prefix_cache
         weight = model.model.embed_tokens.weight
         self.device = weight.device
-        layers = model.config.num_hidden_layers
+        self.guesses = modules if drafts is None else drafts
+        # Only where nobody asked for a number is it given up when it does not pay.
+        self._worth = cost_of_a_draft(model) if drafts is None and modules else 0.0
+        layers = model.config.num_hidden_layers + (modules if self.guesses else 0)
         if pages is None:
             values = sum(int(np.prod(shape)) for shape in cached_shapes(model.config))
             whole = -(-model.config.max_position_embeddings // page)
@@ -101,6 +124,7 @@ class Engine:
         self.ends = end_ids(model, tokenizer)
         self._absent = absent_ids(model, tokenizer).to(self.device)
         self._by_row = attends_by_row(model.config)
+        self.drafted = self.accepted = 0
 
     @property
     def busy(self) -> bool:
@@ -127,7 +151,8 @@ class Engine:
             )
         if generator is None:
             (generator,) = make_generators(sampling.seed, 1, self.device)
-        sequence = Sequence(ids, len(ids), sampling, generator, room, Text(self.tokenizer, sampling.stop))
+        text = Text(self.tokenizer, sampling.stop)
+        sequence = Sequence(ids, len(ids), sampling, generator, room, text, guesses=self.guesses)
         self.waiting.append(sequence)
         return sequence
 
@@ -143,7 +168,8 @@ class Engine:
         work = self._schedule()
         if not work:
             return []
-        return self._postprocess(work, self._run(work, recorder))
+        with _evaluating(self.model):
+            return self._postprocess(work, *self._run(work, recorder))
 
     # schedule
 
@@ -157,6 +183,8 @@ class Engine:
             if sequence not in self.running:
                 continue  # gave its pages back to an older one
             count = min(sequence.pending, left)
+            if count == sequence.pending and self._grow(sequence, sequence.computed + count + len(sequence.drafts)):
+                count = min(count + len(sequence.drafts), left)
             while not self._grow(sequence, sequence.computed + count):
                 short = True
                 youngest = self.running[-1]
@@ -211,98 +239,116 @@ class Engine:
 
     def _give_back(self, sequence: Sequence) -> None:
         self.pool.release(sequence.pages)
-        sequence.pages, sequence.path, sequence.computed = [], [], 0
+        sequence.pages, sequence.path, sequence.computed, sequence.drafts = [], [], 0, []
 
     # run
 
-    def _run(self, work: list[Work], recorder: Recorder | None) -> Tensor:
-        """Logits [draws, V] of what follows the sequences whose last known token was computed."""
-        # Rows that attend by themselves stand first.
-        work.sort(key=lambda w: w.count > 1 or not self._by_row)
+    def _run(self, work: list[Work], recorder: Recorder | None) -> tuple[Tensor, Tensor]:
+        """States [1, N, D] of all tokens, and logits [., V] of what follows those of sequences that draw: behind the
+        last token, and behind each draft."""
+        work.sort(key=lambda w: not w.span.attends_by_row(self._by_row))
+        ragged = lay_out([w.span for w in work], self.pool.page, self.device, self._by_row)
         tokens: list[int] = []
-        positions: list[int] = []
-        pieces: list[Piece] = []
-        singles: list[Work] = []
-        last: list[int] = []
+        rows: list[int] = []
         for w in work:
-            s = w.sequence
-            start, length = len(tokens), s.computed + w.count
-            tokens += s.tokens[s.computed : length]
-            positions += range(s.computed, length)
-            if w.count == 1 and self._by_row:
-                singles.append(w)
-            else:
-                table = torch.tensor(s.pages[: -(-length // self.pool.page)], device=self.device)
-                pieces.append(Piece(start, len(tokens), length, table))
+            tokens += w.tokens
             if w.draws:
-                last.append(len(tokens) - 1)
-        place = torch.tensor(positions)
-        pages = torch.tensor([p for w in work for p in self._pages_of(w)])
-        slots = pages * self.pool.page + place % self.pool.page
-        tables = np.zeros((len(singles), max((len(w.sequence.pages) for w in singles), default=0)), dtype=np.int32)
-        for row, w in enumerate(singles):
-            tables[row, : len(w.sequence.pages)] = w.sequence.pages
-        lengths = torch.tensor([w.sequence.computed + 1 for w in singles], dtype=torch.int32)
-        ragged = Ragged(
-            place.unsqueeze(0).to(self.device),
-            slots.to(self.device),
-            torch.from_numpy(tables).to(self.device),
-            lengths.to(self.device),
-            tuple(pieces),
-        )
+                rows += range(len(tokens) - 1 - (w.count - w.sequence.pending), len(tokens))
         cache = PagedCache(self.pool.pools, ragged)
-        with _evaluating(self.model):
-            hidden = self.model.hidden(torch.tensor([tokens], device=self.device), cache=cache, recorder=recorder)
-            # The head on the rows that count: a long prompt's logits at every position would be the largest tensor
-            # here.
-            logits: Tensor = self.model.lm_head(hidden[0, last])
-        return logits
-
-    def _pages_of(self, work: Work) -> list[int]:
-        s, page = work.sequence, self.pool.page
-        return [s.pages[t // page] for t in range(s.computed, s.computed + work.count)]
+        hidden = self.model.hidden(torch.tensor([tokens], device=self.device), cache=cache, recorder=recorder)
+        # The head on the rows that count: a long prompt's logits at every position would be the largest tensor here.
+        logits: Tensor = self.model.lm_head(hidden[0, rows])
+        return hidden, logits.masked_fill(self._absent, float("-inf"))
 
     # postprocess
 
-    def _postprocess(self, work: list[Work], logits: Tensor) -> list[Event]:
+    def _postprocess(self, work: list[Work], states: Tensor, logits: Tensor) -> list[Event]:
+        drawing = [w for w in work if w.draws]
+        rows = logits.split([1 + w.count - w.sequence.pending for w in drawing])
+        chosen = dict(zip([w.sequence for w in drawing], self._draw(drawing, rows), strict=True))
+        events, confirmed, row = [], [], 0
         for w in work:
-            w.sequence.computed += w.count
-            self._publish(w.sequence)
-        drawing = [w.sequence for w in work if w.sequence.pending == 0]
-        logits = logits.masked_fill(self._absent, float("-inf"))
-        return [self._take(s, token) for s, token in zip(drawing, self._draw(drawing, logits), strict=True)]
-
-    def _draw(self, sequences: list[Sequence], logits: Tensor) -> list[int | None]:
-        """A token for each row of ``logits``; None, and an error for the sequence, where they are not finite."""
-        out: list[int | None] = [None] * len(sequences)
-        groups: dict[Sampling, list[int]] = {}
-        for row, (sequence, best) in enumerate(zip(sequences, logits.amax(-1).tolist(), strict=True)):
-            if math.isfinite(best):
-                groups.setdefault(sequence.sampling, []).append(row)
+            s, start = w.sequence, w.sequence.computed
+            new = chosen.get(s)
+            if s in chosen:
+                s.computed += s.pending + len(new or [0]) - 1
+                events.append(self._take(s, new))
             else:
-                sequence.error = not_finite("the largest", best)
-        for sampling, rows in groups.items():
-            members = [sequences[row] for row in rows]
-            chosen = sample(logits[rows], [s.tokens for s in members], sampling, [s.generator for s in members])
-            for row, token in zip(rows, chosen.tolist(), strict=True):
-                out[row] = token
+                s.computed += w.count
+            self._publish(s)
+            if s.finished is None and s.guesses:
+                confirmed.append(Confirmed(s, start, s.computed, slice(row, row + s.computed - start)))
+            row += w.count
+        if confirmed:
+            self._guess(confirmed, states)
+        return events
+
+    def _guess(self, confirmed: list[Confirmed], states: Tensor) -> None:
+        """Has the MTP modules read what is confirmed, and guess what follows where that is the next to come."""
+        # A module's second guess is made at a position that has no page yet.
+        grown = all(self._grow(c.sequence, len(c.sequence.tokens) + self.guesses) for c in confirmed)
+        count = self.guesses if grown else min(self.guesses, len(self.model.mtp_modules))
+        draft(self.model, self.pool, confirmed, states, self._absent, count, self._by_row)
+        for c in confirmed:  # guesses beyond the last token that is wanted would be checked for nothing
+            del c.sequence.drafts[max(c.sequence.room - len(c.sequence.tokens) - 1, 0) :]
+
+    def _draw(self, drawing: list[Work], logits: Items[Tensor]) -> list[list[int] | None]:
+        """What follows each sequence, one token or more where it had drafts; None, and an error for the sequence, where
+        ``logits`` [1 + drafts, V] are not finite."""
+        out: list[list[int] | None] = [None] * len(drawing)
+        groups: dict[Sampling, list[int]] = {}
+        for number, (w, rows) in enumerate(zip(drawing, logits, strict=True)):
+            s, best = w.sequence, rows.amax(-1).min().item()
+            if not math.isfinite(best):
+                s.error = not_finite("the largest", best)
+                continue
+            s.drafts = s.drafts[: len(rows) - 1]
+            if s.drafts:
+                out[number] = verify(rows, s)
+                self._judge(s, len(out[number] or ()) - 1)
+            else:
+                groups.setdefault(s.sampling, []).append(number)
+        for sampling, numbers in groups.items():
+            members = [drawing[number].sequence for number in numbers]
+            last = torch.cat([logits[number] for number in numbers])
+            chosen = sample(last, [s.tokens for s in members], sampling, [s.generator for s in members])
+            for number, token in zip(numbers, chosen.tolist(), strict=True):
+                out[number] = [token]
         return out
 
-    def _take(self, sequence: Sequence, token: int | None) -> Event:
-        if token is None:
+    def _judge(self, sequence: Sequence, accepted: int) -> None:
+        """Counts how far the drafts were right, and gives guessing up for this sequence where it does not pay. By what
+        the sequence itself has seen alone: its tokens must not depend on others', nor on the clock."""
+        for depth in range(len(sequence.drafts)):
+            sequence.count(depth, depth < accepted)
+        self.drafted += len(sequence.drafts)
+        self.accepted += accepted
+        if sequence.drafted[0] >= TRIAL and sequence.accepted[0] < self._worth * sequence.drafted[0]:
+            sequence.guesses = 0
+
+    def _take(self, sequence: Sequence, tokens: list[int] | None) -> Event:
+        if tokens is None:
             self._end(sequence, "error")
             return Event(sequence, [], "")
-        if token in self.ends:
-            self._end(sequence, "stop")
-            return Event(sequence, [], sequence.text.finish())
-        sequence.tokens.append(token)
-        text = sequence.text.push(token)
-        if sequence.text.stopped:
-            self._end(sequence, "stop")
-        elif len(sequence.tokens) == sequence.room:
-            self._end(sequence, "length")
-            text += sequence.text.finish()
-        return Event(sequence, [token], text)
+        taken: list[int] = []
+        text = ""
+        sequence.drafts = []
+        for token in tokens:
+            if token in self.ends:
+                self._end(sequence, "stop")
+                text += sequence.text.finish()
+                break
+            taken.append(token)
+            sequence.tokens.append(token)
+            text += sequence.text.push(token)
+            if sequence.text.stopped:
+                self._end(sequence, "stop")
+                break
+            if len(sequence.tokens) == sequence.room:
+                self._end(sequence, "length")
+                text += sequence.text.finish()
+                break
+        return Event(sequence, taken, text)
 
     def _publish(self, sequence: Sequence) -> None:
         """Makes the pages that have become full known to others."""

@@ -5,10 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from abyssal.generation.pool import Node
 from abyssal.generation.sampling import Sampling
 from abyssal.generation.text import Text
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A guessed token, and for sampling the distribution that it was drawn from, [V]."""
+
+    token: int
+    probabilities: Tensor | None
 
 
 @dataclass(eq=False)
@@ -33,9 +42,23 @@ class Sequence:
     """Tokens of the prompt that were found computed."""
     preempted: int = 0
     """How often the pages were taken away."""
+    drafts: list[Draft] = field(default_factory=list)
+    """Guesses of what follows ``tokens``, to be checked in the next step."""
+    guesses: int = 0
+    """How many are made at a time; 0: none."""
+    drafted: list[int] = field(default_factory=list)
+    """How many were made, by depth; accepted: how many were right."""
+    accepted: list[int] = field(default_factory=list)
     finished: str | None = None
     """stop: EOS or a stop string; length; cancelled; error."""
     error: str | None = None
+
+    def count(self, depth: int, right: bool) -> None:
+        """Notes that a guess at ``depth`` (from 0) was right or not."""
+        for counts in (self.drafted, self.accepted):
+            counts += [0] * (depth + 1 - len(counts))
+        self.drafted[depth] += 1
+        self.accepted[depth] += right
 
     @property
     def new(self) -> list[int]:

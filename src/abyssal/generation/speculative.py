@@ -1,0 +1,162 @@
+"""Speculative decoding with the model's own MTP modules: they guess the next tokens, one pass of the model checks them.
+
+A guess is accepted with probability min(1, p/q), p being the model's probability of it and q the module's; where it is
+not, the token is drawn from what p has more than q, normalised. So every token is distributed as if the model had
+drawn it alone (Leviathan et al., arXiv 2211.17192, appendix A.1), and greedy decoding gives the same tokens.
+
+Module k (from 0) takes the state of position i and token i + k + 1, and guesses token i + k + 2 (V3 paper §2.2).
+Guesses beyond the modules' number are made by the last one again, with its own output in the place of the state that
+is not known yet. What modules cache for guessed tokens is written over once the true ones are known, but for modules
+behind the first: there it may stay, and costs some acceptance, never exactness.
+
+Shapes: N rows of a pass, S sequences, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from abyssal.generation.layout import Span, lay_out
+from abyssal.generation.pool import PagePool
+from abyssal.generation.sampling import filter_logits, sample
+from abyssal.generation.sequence import Draft, Sequence
+from abyssal.model import Transformer
+from abyssal.model.block import Block
+from abyssal.model.paged import PagedCache
+
+TRIAL = 32  # guesses after which a sequence's acceptance is judged
+
+
+@dataclass(frozen=True)
+class Confirmed:
+    """Rows of a pass that stay: tokens ``start`` to ``end`` of ``sequence``, and their states at ``rows``."""
+
+    sequence: Sequence
+    start: int
+    end: int
+    rows: slice
+
+
+def verify(logits: Tensor, sequence: Sequence) -> list[int]:
+    """What follows ``sequence``: as many of its drafts as are accepted, and one token more. ``logits`` [drafts + 1, V]
+    are those behind its last token and behind each draft; all finite."""
+    sampling, own = sequence.sampling, [sequence.generator]
+    out: list[int] = []
+    for row, draft in enumerate(sequence.drafts):
+        seen = [sequence.tokens + out]
+        one = logits[row : row + 1]
+        if sampling.temperature == 0:
+            out.append(int(sample(one, seen, sampling, own)))
+            if out[-1] != draft.token:
+                return out
+            continue
+        p = filter_logits(one, seen, sampling).softmax(-1)[0]
+        q = draft.probabilities
+        assert q is not None
+        drawn = torch.rand((), generator=sequence.generator, device=p.device)
+        if drawn * q[draft.token] < p[draft.token]:
+            out.append(draft.token)
+            continue
+        rest = (p - q).clamp_min(0)
+        out.append(int(torch.multinomial(rest, 1, generator=sequence.generator)))
+        return out
+    out.append(int(sample(logits[-1:], [sequence.tokens + out], sampling, own)))
+    return out
+
+
+def draft(
+    model: Transformer,
+    pool: PagePool,
+    confirmed: Items[Confirmed],
+    states: Tensor,
+    absent: Tensor,
+    count: int,
+    by_row: bool,
+) -> None:
+    """Gives every sequence of ``confirmed`` that has all of its tokens computed but the last ``count`` drafts, others
+    none; their pages must have room for them. ``states`` [1, N, D] are the pass's; ``absent`` [V] ids are never
+    guessed.
+    """
+    modules = len(model.mtp_modules)
+    order = sorted(confirmed, key=lambda c: not Span((), c.start, c.end).attends_by_row(by_row))
+    spans = [Span(c.sequence.pages, c.start, c.end) for c in order]
+    ends = [sum(span.end - span.start for span in spans[: i + 1]) - 1 for i in range(len(spans))]
+    drawing = [c.sequence.pending == 1 for c in order]
+    last = [end for end, draws in zip(ends, drawing, strict=True) if draws]
+    sequences = [c.sequence for c, draws in zip(order, drawing, strict=True) if draws]
+    for c in order:
+        c.sequence.drafts = []
+    hidden = torch.cat([states[:, c.rows] for c in order], dim=1)
+    for depth in range(count if sequences else min(count, modules)):
+        if depth < modules:
+            known = [[*c.sequence.tokens, *(d.token for d in c.sequence.drafts)] for c in order]
+            # Where a prompt goes on in the next pass the deeper modules' last tokens are not at hand; any do.
+            tokens = [
+                text[min(position + 1 + depth, len(text) - 1)]
+                for text, c in zip(known, order, strict=True)
+                for position in range(c.start, c.end)
+            ]
+            hidden = _through(model, depth, pool, spans, hidden, tokens, by_row)
+            ahead = hidden[:, last]
+        else:
+            position = [len(s.tokens) - 2 + depth - modules + 1 for s in sequences]
+            single = [Span(s.pages, p, p + 1) for s, p in zip(sequences, position, strict=True)]
+            ahead = _through(model, modules - 1, pool, single, ahead, [s.drafts[-1].token for s in sequences], by_row)
+        logits = model.lm_head(ahead[0]).masked_fill(absent, float("-inf"))
+        for row, sequence in enumerate(sequences):
+            sequence.drafts.append(_guess(logits[row : row + 1], sequence))
+
+
+def _through(
+    model: Transformer,
+    depth: int,
+    pool: PagePool,
+    spans: Items[Span],
+    hidden: Tensor,
+    tokens: list[int],
+    by_row: bool,
+) -> Tensor:
+    cache = PagedCache(pool.pools, lay_out(spans, pool.page, hidden.device, by_row))
+    return model.draft_hidden(depth, hidden, torch.tensor([tokens], device=hidden.device), cache)
+
+
+def _guess(logits: Tensor, sequence: Sequence) -> Draft:
+    seen = [sequence.tokens + [d.token for d in sequence.drafts]]
+    scores = filter_logits(logits, seen, sequence.sampling)[0]
+    if sequence.sampling.temperature == 0 or not scores.max().isfinite():
+        return Draft(int(scores.nan_to_num(float("-inf")).argmax()), _certain(scores, sequence))
+    q = scores.softmax(-1)
+    return Draft(int(torch.multinomial(q, 1, generator=sequence.generator)), q)
+
+
+def _certain(scores: Tensor, sequence: Sequence) -> Tensor | None:
+    if sequence.sampling.temperature == 0:
+        return None
+    chosen = scores.nan_to_num(float("-inf")).argmax()
+    return torch.zeros_like(scores).index_fill(0, chosen.unsqueeze(0), 1.0)
+
+
+def cost_of_a_draft(model: Transformer) -> float:
+    """What a guess adds to a step at batch 1, as a share of the step, in weights that must be read: the module, the
+    head once more, and for the row that checks it as many more routed experts as a token has, which in the worst case
+    are all others than those of the row before. A guess pays where it is accepted more often than that."""
+    head = model.lm_head.weight.numel()
+    blocks = [_read(model, block) for block in model.blocks]
+    routed = sum(routed for _, routed in blocks)
+    return (sum(_read(model, model.mtp_modules[-1])) + head + routed) / (sum(map(sum, blocks)) + head)
+
+
+def _read(model: Transformer, block: Block) -> tuple[float, float]:
+    """Numbers of a block that a token reads: those that every token reads, and those of routed experts."""
+    always, routed = 0.0, 0.0
+    for name, tensor in (*block.named_parameters(), *block.named_buffers()):
+        if name.startswith("mlp.experts."):
+            assert model.config.moe is not None
+            routed += tensor.numel() * model.config.moe.num_experts_per_tok / model.config.moe.n_routed_experts
+        else:
+            always += tensor.numel()
+    return always, routed
