@@ -17,7 +17,10 @@ from abyssal.cli.eval import eval_command
 from abyssal.cli.export import convert_command, export_command
 from abyssal.cli.generate import generate_command
 from abyssal.cli.inspect import inspect_command
+from abyssal.cli.lens import lens_command
+from abyssal.cli.plan import plan_command
 from abyssal.cli.presets import presets_command
+from abyssal.cli.report import report_command
 from abyssal.cli.train import train_command
 from abyssal.errors import UserError
 
@@ -44,7 +47,10 @@ app = typer.Typer(
 )
 app.command("presets")(presets_command)
 app.command("inspect")(inspect_command)
+app.command("plan")(plan_command)
 app.command("train")(_on_suitable_threads(train_command))
+app.command("report")(report_command)
+app.command("lens")(_on_suitable_threads(lens_command))
 app.command("generate")(_on_suitable_threads(generate_command))
 app.command("chat")(_on_suitable_threads(chat_command))
 app.command("eval")(_on_suitable_threads(eval_command))
@@ -107,8 +113,9 @@ def _fail(message: str) -> int:
 
 
 def _one_line(message: str) -> str:
-    """``message`` in a line that a terminal shows as it is: a file's or tensor's name may hold control characters."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(message.split()))
+    from abyssal.cli.show import printable
+
+    return printable(" ".join(message.split()))
 
 
 def _show_warning(message: Any, *_: Any, **__: Any) -> None:

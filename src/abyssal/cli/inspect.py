@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
+from abyssal.cli.loaded import find_config
+
 if TYPE_CHECKING:
     import torch
 
@@ -61,7 +63,7 @@ def inspect_command(
     several = compare or len(models) > 1
     if several and (precision or plan):
         raise UserError(f"--{'precision' if precision else 'plan'}: for one model alone, not for a comparison")
-    configs = {model: _config(model) for model in models}
+    configs = {model: find_config(model) for model in models}
     if precision or plan:
         _show_precision(models[0], configs[models[0]], plan or [], as_json)
         return
@@ -257,16 +259,6 @@ def _columns(tensors: int, parameters: int, total: int | None, nbytes: int) -> t
 
     share = "" if total is None else f"{parameters / total:.2%}"
     return f"{tensors:,}", f"{parameters:,}", share, size(nbytes)
-
-
-def _config(model: str) -> ModelConfig:
-    from abyssal.checkpoint.run import MANIFEST
-    from abyssal.loading import find_config
-    from abyssal.training.start import run_recipe
-
-    if (Path(model) / MANIFEST).is_file():  # a run has its config before it has a checkpoint
-        return run_recipe(Path(model)).model_config_resolved()
-    return find_config(model)
 
 
 def _describe(config: ModelConfig) -> str:

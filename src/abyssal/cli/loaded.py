@@ -6,6 +6,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -13,6 +14,7 @@ import typer
 if TYPE_CHECKING:
     import torch
 
+    from abyssal.config import ModelConfig
     from abyssal.data.tokenizer import Tokenizer
     from abyssal.model import Transformer
 
@@ -55,6 +57,17 @@ def load_model(
         )
     assert tokenizer is not None  # without a config.json nothing was loaded
     return network, tokenizer
+
+
+def find_config(model: str) -> ModelConfig:
+    """:func:`abyssal.loading.find_config`, and the config of a run that has no checkpoint yet."""
+    from abyssal import loading
+    from abyssal.checkpoint.run import MANIFEST
+    from abyssal.training.start import run_recipe
+
+    if (Path(model) / MANIFEST).is_file():
+        return run_recipe(Path(model)).model_config_resolved()
+    return loading.find_config(model)
 
 
 def parse_dtype(name: str, field: str, *, fp8: bool = False) -> torch.dtype | None:

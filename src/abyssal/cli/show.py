@@ -14,6 +14,11 @@ def say(text: str) -> None:
     console.print(text, markup=False)
 
 
+def printable(text: str) -> str:
+    """``text`` without control characters, which a file's or tensor's name may hold and a terminal would obey."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 def table(*columns: str, title: str | None = None) -> Table:
     """A plain table: the first column to the left, numbers to the right."""
     out = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")

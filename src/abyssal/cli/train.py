@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
+    from abyssal.analysis.live import Live
     from abyssal.training.recipe import Recipe
     from abyssal.training.trainer import Trainer
 
@@ -25,6 +27,12 @@ def train_command(
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing run folder.")] = False,
     print_config: Annotated[bool, typer.Option("--print-config", help="Show what would run, and stop.")] = False,
+    live: Annotated[
+        bool, typer.Option("--live", help="Serve the run's report on this machine while it trains.")
+    ] = False,
+    port: Annotated[
+        int | None, typer.Option(help="Where --live serves it. Default: 8765, or any that is free; 0: any.")
+    ] = None,
 ) -> None:
     """Train a model by a recipe, or continue a run."""
     from abyssal.config import parse_assignments
@@ -38,6 +46,8 @@ def train_command(
     settings = parse_assignments(assignments)
     if resume and overwrite:
         raise UserError("--resume and --overwrite: one continues the run, the other replaces it; give one of them")
+    if port is not None and not live:
+        raise UserError(f"--port {port}: what --live serves on; give --live too")
     if recipe is None and (resume is None or resume == "auto"):
         from abyssal.training.recipe import recipe_names
 
@@ -51,9 +61,10 @@ def train_command(
         return
     # Until training begins, Ctrl-C and SIGTERM end the program at once: there is nothing to save yet.
     stop = _stop_on_signal()
-    trainer = _trainer(chosen, settings, out, resume, overwrite, stop.asked)
-    with stop:
-        finished = _run(trainer)
+    with _Page(port) if live else nullcontext() as page:
+        trainer = _trainer(chosen, settings, out, resume, overwrite, stop.asked)
+        with stop:
+            finished = _run(trainer, page)
     if not finished:
         from abyssal.cli.show import console
 
@@ -86,20 +97,47 @@ def _trainer(
     return resume_run(path, recipe, settings if recipe is None else None, **options)
 
 
-def _run(trainer: Trainer) -> bool:
+def _run(trainer: Trainer, page: _Page | None) -> bool:
     from abyssal.checkpoint.run import read_metrics
     from abyssal.cli.progress import ConsoleWatcher, show_summary
 
     watcher = trainer.watcher
     assert isinstance(watcher, ConsoleWatcher)
+    if page is not None:
+        page.begin(trainer.run.path)
     watcher.begin(trainer)
     try:
         finished = trainer.train()
     finally:
         watcher.end()
+    if page is not None:
+        page.state = "finished" if finished else "stopped"
     if finished:
         show_summary(trainer, read_metrics(trainer.run.path / "metrics.jsonl"))
     return finished
+
+
+class _Page:
+    """The live page: its port is taken on entering, before anything is written; leaving tells it how training ended."""
+
+    def __init__(self, port: int | None) -> None:
+        self.port, self.state = port, "failed"
+
+    def __enter__(self) -> _Page:
+        from abyssal.analysis.live import Live
+
+        self.live: Live = Live(self.port)
+        return self
+
+    def begin(self, path: Path) -> None:
+        """Serves the run in ``path``, and says where."""
+        from abyssal.cli.show import say
+
+        self.live.start(path)
+        say(f"live page {self.live.url}")
+
+    def __exit__(self, *_: object) -> None:
+        self.live.stop(self.state)
 
 
 class _stop_on_signal:

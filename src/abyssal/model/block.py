@@ -70,7 +70,7 @@ class Block(nn.Module):
         routing = self.mlp.route(h)
         if recorder is not None:
             recorder.record(self.layer, _with_valid(routing, valid))
-        if not isinstance(recorder, OutputRecorder):
+        if recorder is None or not isinstance(recorder, OutputRecorder):
             return x + run(self.mlp, h, routing)
         routed, shared = run(self.mlp.parts, h, routing)
         recorder.record_outputs(self.layer, routed, shared)

@@ -1,0 +1,237 @@
+"""Memory of a plan beside the trainer's own tensors, and what must hold of any layout."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from abyssal.analysis.activations import Adapters, StepShape, count_activations
+from abyssal.analysis.cache import cache_size
+from abyssal.analysis.memory import (
+    Inventory,
+    Layout,
+    TrainingMemory,
+    TrainingSetup,
+    adapter_parameters,
+    cache_bytes,
+    inference_memory,
+    stage_activations,
+    stage_layers,
+    weight_bytes,
+)
+from abyssal.analysis.parameters import count_parameters
+from abyssal.analysis.weights import count_weights
+from abyssal.config import ModelConfig, preset
+from abyssal.data.loader import Batch
+from abyssal.kernels import native
+from abyssal.model import Cache, Transformer
+from abyssal.training.hardware import autocast
+from abyssal.training.loss import compute_losses, total_loss
+from abyssal.training.recipe import BalanceConfig, OptimizerConfig
+from abyssal.training.step import TrainingStep
+from abyssal.training.weights import sum_gradients_in_float32
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+SIZES = {"vocab_size": 90, "hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 72}
+ATTENTION: dict[str, dict[str, Any]] = {
+    "mha": {"kind": "mha", "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "bias": True},
+    "mla": {"kind": "mla", "num_attention_heads": 4, "kv_lora_rank": 40, "qk_nope_head_dim": 16},
+}
+ATTENTION["mla"] |= {"qk_rope_head_dim": 8, "v_head_dim": 16, "q_lora_rank": 24}
+MOE = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "n_shared_experts": 1}
+
+
+def small(attention: str, moe: bool = True, depths: int = 1, tied: bool = False) -> ModelConfig:
+    return ModelConfig.model_validate(
+        {
+            **SIZES,
+            "max_position_embeddings": 128,
+            "attention": ATTENTION[attention],
+            "moe": MOE | {"first_k_dense_replace": 1} if moe else None,
+            "mtp": {"num_nextn_predict_layers": depths},
+            "tie_word_embeddings": tied,
+        }
+    )
+
+
+def nbytes(tensors: Any) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+@settings(max_examples=25)
+@given(
+    st.builds(small, st.sampled_from(["mha", "mla"]), st.booleans(), st.integers(0, 2), st.booleans()),
+    st.sampled_from(["float32", "bfloat16"]),
+    st.sampled_from(["adamw", "muon"]),
+    st.sampled_from(["float32", "bfloat16", "8bit"]),
+    st.integers(1, 2),
+)
+def test_training_state_is_what_the_trainer_keeps(
+    config: ModelConfig, dtype: str, optimizer: str, state: str, accumulate: int
+) -> None:
+    model, cpu = Transformer(config), torch.device("cpu")
+    step = TrainingStep(
+        model,
+        optimizer=OptimizerConfig(name=optimizer, lr=1e-3, state=state),
+        balance=BalanceConfig(),
+        clip=1.0,
+        mtp_weight=0.3,
+        device=cpu,
+        dtype=DTYPES[dtype],
+    )
+    sum_gradients_in_float32(model, accumulate > 1)
+    tokens = torch.randint(config.vocab_size, (2, 16 + 1 + len(model.mtp_modules)))
+    for _ in range(accumulate):
+        with autocast(cpu, DTYPES[dtype]):
+            losses = compute_losses(model, Batch(tokens, torch.zeros_like(tokens)), 16)
+        total_loss(losses, losses.counts, 0.3).backward()
+    kept = [value for s in step.optimizer.state.values() for key, value in s.items() if key != "step"]
+    found = {
+        "weights": nbytes([*model.parameters(), *model.buffers()]),
+        "gradients": nbytes(p.grad for p in model.parameters() if p.grad is not None),
+        "optimizer": nbytes(kept),
+    }
+    setup = TrainingSetup(2, 16, accumulate, dtype, optimizer=optimizer, state=state)
+    assert TrainingMemory(Inventory(config), setup).state(Layout()) == found
+
+
+SETUPS = st.sampled_from(
+    [
+        TrainingSetup(1, 64),
+        TrainingSetup(2, 64, accumulate=8, recompute=True),
+        TrainingSetup(1, 64, dtype="float32", optimizer="muon"),
+        TrainingSetup(1, 64, adapters=Adapters(4), nf4=True),
+    ]
+)
+POWERS = st.sampled_from([1, 2, 4])
+
+
+@settings(max_examples=60)
+@given(SETUPS, POWERS, POWERS, POWERS, POWERS, st.sampled_from([1, 2]))
+def test_no_byte_is_lost_between_gpus(
+    setup: TrainingSetup, replicate: int, shard: int, tensor: int, expert: int, pipeline: int
+) -> None:
+    """All GPUs together hold each replica once, what tensor parallelism repeats once more a rank, and what the last
+    pipeline stage repeats."""
+    layout = Layout(replicate, shard, tensor, expert, pipeline)
+    assume(layout.data % expert == 0)
+    memory = TrainingMemory(Inventory(small("mla")), setup)
+    alone = memory.state(Layout())
+    # Expert ranks are data-parallel ranks: together they hold an expert as often as ranks go into one copy.
+    held = [memory.state(layout, stage) for stage in range(pipeline)]
+    for term in alone:
+        together = sum(stage[term] for stage in held) * layout.data * tensor
+        assert together >= alone[term] * (1 if expert > shard else replicate) * 0.999
+    if tensor == expert == pipeline == 1:
+        for term, one in alone.items():
+            assert sum(stage[term] for stage in held) * shard == pytest.approx(one, abs=shard)
+
+
+def test_layers_of_stages_are_all_layers() -> None:
+    config = preset("deepseek-v3")
+    for stages in (1, 2, 7, 16, 61):
+        layers = [layer for stage in range(stages) for layer in stage_layers(config, stages, stage)]
+        assert layers == list(range(62))
+        sizes = [len(stage_layers(config, stages, stage)) for stage in range(stages)]
+        assert max(sizes) - min(sizes) <= 2  # the last has the MTP module too
+
+
+def test_stages_keep_together_what_one_gpu_keeps() -> None:
+    config, shape = preset("deepseek-v3"), StepShape(1, 512)
+    whole = count_activations(config, shape)
+    assert stage_activations(config, shape) == whole
+    tables = count_activations(config, shape).by_term["rotary tables"] // 2
+    stages = [stage_activations(config, shape, 4, stage) for stage in range(4)]
+    assert sum(stage.kept for stage in stages) == whole.kept + 3 * tables
+    # 1F1B: the first of p stages holds p micro-batches.
+    setup = TrainingSetup(1, 512, accumulate=16)
+    memory = TrainingMemory(Inventory(config), setup)._stage(Layout(pipeline=4), 0)
+    assert memory.by_term["activations"] == 4 * stages[0].kept
+
+
+def test_a_gathered_block_by_hand() -> None:
+    """MoE-16B under ZeRO-3: two MoE blocks in BF16 and the gradient of one."""
+    config = preset("deepseek-moe-16b")
+    block = 4 * 2048 * 2048 + 66 * 3 * 2048 * 1408 + 64 * 2048 + 2 * 2048
+    memory = TrainingMemory(Inventory(config), TrainingSetup(1, 4096)).of(Layout(shard=8))
+    assert memory.by_term["gathered blocks"] == 3 * 2 * block
+    # Under expert parallelism over the same ranks, experts are never gathered.
+    spread = TrainingMemory(Inventory(config), TrainingSetup(1, 4096)).of(Layout(shard=8, expert=8))
+    ends = 102400 * 2048
+    others = block - 64 * 3 * 2048 * 1408
+    assert spread.by_term["gathered blocks"] == 2 * (2 * (ends + 2048) + ends)  # the norm goes with the head
+    assert others < ends
+
+
+def test_adapters_by_hand() -> None:
+    """LoRA of rank 8 on the small model: r · (inputs + outputs) for every projection, every expert its own."""
+    inventory = Inventory(small("mla", depths=0))
+    found = {
+        part: sum(adapter_parameters(w, Adapters(8, (part,))) for w in inventory.weights)
+        for part in ("attention", "mlp", "shared", "experts")
+    }
+    attention = (64 + 24) + (24 + 4 * 24) + (64 + 48) + (40 + 4 * 32) + (4 * 16 + 64)
+    assert found == {
+        "attention": 2 * 8 * attention,
+        "mlp": 8 * 3 * (64 + 72),
+        "shared": 8 * 3 * (64 + 48),
+        "experts": 4 * 8 * ((64 + 96) + (48 + 64)),
+    }
+    setup = TrainingSetup(1, 64, adapters=Adapters(8), nf4=True)
+    state = TrainingMemory(inventory, setup).state(Layout())
+    assert state["adapters"] == 16 * sum(found.values())  # FP32 number, gradient, two moments
+    quantised = sum(w.numel for w in inventory.weights if w.adaptable)
+    rest = sum(w.numel for w in inventory.weights if not w.adaptable and w.trained)
+    biases = sum(w.numel for w in inventory.weights if not w.trained)
+    expected = quantised * (1 / 2 + 1 / 64 + 4 / 64 / 256) + 2 * rest + 4 * biases
+    assert state["weights"] == pytest.approx(expected, abs=1)
+
+
+@pytest.mark.parametrize("name", ["deepseek-moe-16b", "deepseek-v3", "demo", "llama2-7b"])
+def test_inference_weights_are_those_of_inspect(name: str) -> None:
+    config = preset(name)
+    inventory, weights = Inventory(config), count_weights(config)
+    main = [w for w in inventory.weights if w.layer is None or w.layer < config.num_hidden_layers]
+    for precision in ("bf16", "fp8", "int8", "int4"):
+        counted = sum(weight_bytes(weight, precision) for weight in main)
+        assert counted == weights[precision].main
+    assert inventory.parameters == count_parameters(config).total + count_parameters(config).mtp
+
+
+@pytest.mark.parametrize("name", ["deepseek-moe-16b", "deepseek-v2-lite", "demo"])
+def test_cache_bytes_are_those_of_the_cache(name: str) -> None:
+    config = preset(name)
+    with torch.device("meta"):
+        cache = Cache(config, 3, 100, dtype=torch.bfloat16, device="meta")
+    assert (
+        cache_bytes(config, 3, 100) == cache.nbytes == cache_size(config).nbytes(torch.bfloat16, context=100, batch=3)
+    )
+
+
+def test_tensor_parallelism_divides_keys_but_not_latents() -> None:
+    mha, mla = preset("deepseek-moe-16b"), preset("deepseek-v2-lite")
+    assert cache_bytes(mha, 2, 4096, tensor=4) * 4 == cache_bytes(mha, 2, 4096)
+    assert cache_bytes(mla, 2, 4096, tensor=4) == cache_bytes(mla, 2, 4096)
+    one, four = (inference_memory(Inventory(mla), batch=8, context=4096, expert=e) for e in (1, 4))
+    assert four.by_term["cache"] * 4 == one.by_term["cache"]
+
+
+def test_prefill_expands_the_context() -> None:
+    """V3's expanded keys and values of one sequence are what its workspace consists of, in the main."""
+    inventory = Inventory(preset("deepseek-v3"))
+    spaces = [inference_memory(inventory, batch=1, context=c).by_term["workspace"] for c in (4096, 163840)]
+    assert spaces[1] - spaces[0] == (163840 - 4096) * 128 * (192 + 192) * 2
+
+
+@pytest.mark.skipif(native.library() is None, reason="plain PyTorch, which runs here, saves more")
+def test_activations_are_those_counted() -> None:
+    """The plan's activations are :func:`count_activations`', which tests/analysis/test_activations.py checks."""
+    config = small("mla")
+    memory = TrainingMemory(Inventory(config), TrainingSetup(2, 64)).of(Layout())
+    counted = count_activations(config, StepShape(2, 64))
+    assert memory.by_term["activations"] == counted.kept == sum(memory.activations.values())
+    assert memory.by_term["backward buffers"] == counted.working
+    assert math.isclose(memory.total, sum(memory.by_term.values()))

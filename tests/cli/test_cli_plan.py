@@ -1,0 +1,103 @@
+"""``abyssal plan``: what it prints, and bad input in one line."""
+
+import json
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from abyssal.cli.plan import plan_command
+from abyssal.errors import UserError
+
+app = typer.Typer()
+app.command()(plan_command)
+
+
+def run(*arguments: str) -> str:
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def fault(*arguments: str) -> str:
+    result = CliRunner().invoke(app, arguments)
+    assert isinstance(result.exception, UserError)
+    message = str(result.exception)
+    assert "\n" not in message
+    return message
+
+
+def test_training_and_inference_and_time() -> None:
+    out = run("deepseek-moe-16b", "--gpus", "8", "--gpu", "a100-40gb", "--tokens", "1B", "--gpu-hour", "2")
+    for expected in (
+        "GB are 10^9 bytes",
+        "gathered blocks",
+        "do not fit on one GPU",
+        "layout: shard 8",
+        "time:",
+        "cost:",
+    ):
+        assert expected in out
+    assert "inference, a GPU" in out
+
+
+def test_lines_of_the_plan_fit_in_80_columns() -> None:
+    out = run("deepseek-moe-16b", "--gpus", "8", "--gpu", "a100-40gb", "--tokens", "1B")
+    assert max(len(line.rstrip()) for line in out.splitlines()) <= 88
+
+
+def test_json() -> None:
+    data = json.loads(run("demo", "--gpu", "h100", "--tokens", "1M", "--gpu-hour", "3", "--json"))
+    training = data["training"]
+    assert training["bytes"]["total"] == sum(v for k, v in training["bytes"].items() if k != "total")
+    assert training["bytes"]["activations"] == sum(training["activations"].values())
+    assert training["cost"] == pytest.approx(3 * training["gpu_hours"])
+    seconds = training["gpu_hours"] * 3600
+    assert seconds == pytest.approx(1e6 * training["flops_per_token"] / (989e12 * 0.4))
+    assert data["inference"]["gpus"] == 1
+
+
+def test_inference_alone() -> None:
+    out = run("deepseek-v3", "--gpus", "8", "--gpu", "h200", "--inference", "--batch", "4", "--context", "8192")
+    assert "weights (FP8)" in out  # as published
+    assert "training" not in out
+
+
+def test_qlora() -> None:
+    assert "NF4" in run("deepseek-v2-lite", "--gpu-memory", "24GB", "--qlora", "16")
+
+
+def test_published() -> None:
+    out = run("deepseek-moe-16b", "--published")
+    assert "39.6 %" in out
+    assert "≤ 40 GB" in out
+    assert "none are kept for 'demo'" in fault("demo", "--published")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "--gpu-memory: say how much"),
+        (("--gpu-memory", "80 apples"), "--gpu-memory: '80 apples' is not a size"),
+        (("--gpu", "h10"), "--gpu: 'h10' is not known (did you mean"),
+        (("--gpu", "h100", "--gpus", "0"), "--gpus: 0"),
+        (("--gpu", "h100", "--tokens", "lots"), "--tokens: 'lots'"),
+        (("--gpu", "h100", "--mfu", "2"), "--mfu: 2"),
+        (("--gpu", "h100", "--gpu-hour", "-1"), "--gpu-hour: -1"),
+        (("--gpu", "h100", "--gpu-tflops", "0"), "--gpu-tflops: 0"),
+        (("--gpu", "h100", "--lora", "4", "--qlora", "4"), "take one of them"),
+        (("--gpu", "h100", "--lora", "4", "--adapt", "atention"), "did you mean 'attention'"),
+        (("--gpu", "h100", "--inference", "--context", "99999"), "--context: 99999"),
+        (("--gpu", "h100", "--inference", "--batch", "0"), "--batch: 0"),
+        (("--gpu", "h100", "--inference", "--chunk", "0"), "--chunk: 0"),
+        (
+            (
+                "--gpu-memory",
+                "1MB",
+            ),
+            "does not fit",
+        ),
+    ],
+)
+def test_bad_input(arguments: tuple[str, ...], message: str) -> None:
+    assert message in fault("demo", *arguments)
