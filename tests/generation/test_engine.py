@@ -1,13 +1,15 @@
 """The engine against the plainest account of generation: the whole sequence anew for every token."""
 
-from typing import Any
+import json
+import sys
+from typing import Any, ClassVar
 
 import pytest
 import tokenizers
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_generate import BYTES, MHA, MLA, MOE, SEPARATE, greedy_without_cache, make_model
+from test_generate import BPE, BYTES, MHA, MLA, MOE, SEPARATE, greedy_without_cache, make_model
 from tokenizers import decoders, models, pre_tokenizers
 
 from abyssal.data.tokenizer import Tokenizer
@@ -363,3 +365,67 @@ def test_a_whole_engine_draws_as_the_model_does():
         seen[sequence.new[0], sequence.new[1]] += 1
     assert engine.accepted > 200
     assert chi_squared(seen.flatten(), both) > 1e-4
+
+
+class TestSchema:
+    SCHEMA: ClassVar = {
+        "type": "object",
+        "properties": {
+            "name": {"type": "string", "maxLength": 5},
+            "n": {"type": "integer", "minimum": 0, "maximum": 99},
+        },
+        "required": ["name", "n"],
+        "additionalProperties": False,
+    }
+
+    @pytest.mark.parametrize("temperature", [0, 1.0])
+    @pytest.mark.parametrize("tokenizer", [BYTES, BPE], ids=["bytes", "bpe"])
+    def test_an_untrained_model_writes_what_the_schema_says(self, tokenizer: Tokenizer, temperature: float):
+        pytest.importorskip("llguidance")
+        model = make_model(torch.float32, vocab_size=330, mtp={"num_nextn_predict_layers": 1}).requires_grad_(False)
+        engine = Engine(model, tokenizer)
+        sampling = Sampling(temperature=temperature, max_new_tokens=120, seed=3)
+        held = [engine.add([5 + i], sampling, schema=self.SCHEMA) for i in range(3)]
+        free = engine.add([9, 10], Sampling(temperature=0, max_new_tokens=5))
+        while engine.busy:
+            engine.step()
+        for sequence in held:
+            assert sequence.finished == "stop"
+            said = json.loads(tokenizer.decode(sequence.new))
+            assert set(said) == {"name", "n"}
+            assert isinstance(said["name"], str)
+            assert len(said["name"]) <= 5
+            assert isinstance(said["n"], int)
+            assert said["n"] <= 99
+        assert len(free.new) == 5
+
+    @pytest.mark.parametrize("bad", ["{", '{"type": 3}', {"type": "nonsense"}, {"type": "string", "pattern": "(("}])
+    def test_a_schema_that_cannot_be_compiled(self, bad: Any):
+        pytest.importorskip("llguidance")
+        engine = Engine(model_of("mla"), BYTES)
+        with pytest.raises(UserError, match=r"^schema: ") as caught:
+            engine.add([5], schema=bad)
+        assert "\n" not in str(caught.value)
+        assert not engine.busy
+
+    def test_without_the_library(self, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setitem(sys.modules, "llguidance", None)
+        with pytest.raises(UserError, match="needs llguidance: pip install"):
+            Engine(model_of("mla"), BYTES).add([5], schema={})
+
+
+@pytest.mark.parametrize("drafts", [0, 2])
+def test_logprobs_are_the_models_own(drafts: int):
+    model = model_of("one module")
+    engine = Engine(model, BYTES, drafts=drafts, page=4)
+    sampling = Sampling(temperature=0.7, top_k=3, seed=1, max_new_tokens=20, logprobs=4)
+    sequence = engine.add([10, 20, 30], sampling)
+    while engine.busy:
+        engine.step()
+    logits = model(torch.tensor([sequence.tokens]))[0, 2:-1, : BYTES.vocab_size].double().log_softmax(-1)
+    assert len(sequence.logprobs) == len(sequence.new) == 20
+    for row, token, told in zip(logits, sequence.new, sequence.logprobs, strict=True):
+        assert told.own == pytest.approx(float(row[token]), abs=1e-4)
+        best = row.topk(4)
+        assert [t for t, _ in told.likeliest] == best.indices.tolist()
+        assert [p for _, p in told.likeliest] == pytest.approx(best.values.tolist(), abs=1e-4)

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from collections.abc import Sequence as Items
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,11 +27,12 @@ from torch import Tensor, nn
 
 from abyssal.data.tokenizer import Tokenizer
 from abyssal.errors import UserError
+from abyssal.generation.grammar import Grammars
 from abyssal.generation.layout import Span, lay_out
 from abyssal.generation.pool import PagePool
 from abyssal.generation.prompts import absent_ids, check_ids, check_tokenizer, end_ids
 from abyssal.generation.sampling import Sampling, make_generators, not_finite, sample
-from abyssal.generation.sequence import Sequence
+from abyssal.generation.sequence import Logprobs, Sequence
 from abyssal.generation.speculative import TRIAL, Confirmed, cost_of_a_draft, draft, verify
 from abyssal.generation.text import Text
 from abyssal.model import Recorder, Transformer
@@ -63,6 +65,11 @@ class Work:
     def draws(self) -> bool:
         """Whether what follows these tokens is to be drawn: they are the last ones known."""
         return self.count >= self.sequence.pending
+
+    @property
+    def tells(self) -> bool:
+        """Whether log-probabilities are wanted."""
+        return self.sequence.sampling.logprobs is not None
 
     @property
     def span(self) -> Span:
@@ -122,6 +129,7 @@ class Engine:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.ends = end_ids(model, tokenizer)
+        self.grammars = Grammars(tokenizer, self.ends, model.config.vocab_size)
         self._absent = absent_ids(model, tokenizer).to(self.device)
         self._by_row = attends_by_row(model.config)
         self.drafted = self.accepted = 0
@@ -132,9 +140,14 @@ class Engine:
         return bool(self.waiting or self.running)
 
     def add(
-        self, tokens: Items[int], sampling: Sampling | None = None, *, generator: torch.Generator | None = None
+        self,
+        tokens: Items[int],
+        sampling: Sampling | None = None,
+        *,
+        generator: torch.Generator | None = None,
+        schema: str | dict[str, Any] | None = None,
     ) -> Sequence:
-        """Takes in a prompt of token ids; :meth:`step` continues it.
+        """Takes in a prompt of token ids; :meth:`step` continues it, held to the JSON ``schema`` where there is one.
 
         ``generator`` draws its tokens; without one, one is made from the sampling's seed. Raises UserError, and takes
         nothing in, for ids outside the vocabulary, a prompt that is empty or leaves no room in the context, and a pool
@@ -152,7 +165,10 @@ class Engine:
         if generator is None:
             (generator,) = make_generators(sampling.seed, 1, self.device)
         text = Text(self.tokenizer, sampling.stop)
-        sequence = Sequence(ids, len(ids), sampling, generator, room, text, guesses=self.guesses)
+        grammar = None if schema is None else self.grammars.compile(schema)
+        # What a schema allows hangs on every token before: guesses would have to be made under it.
+        guesses = self.guesses if grammar is None else 0
+        sequence = Sequence(ids, len(ids), sampling, generator, room, text, grammar=grammar, guesses=guesses)
         self.waiting.append(sequence)
         return sequence
 
@@ -265,6 +281,7 @@ class Engine:
     def _postprocess(self, work: list[Work], states: Tensor, logits: Tensor) -> list[Event]:
         drawing = [w for w in work if w.draws]
         rows = logits.split([1 + w.count - w.sequence.pending for w in drawing])
+        told = {w.sequence: r.float().log_softmax(-1) for w, r in zip(drawing, rows, strict=True) if w.tells}
         chosen = dict(zip([w.sequence for w in drawing], self._draw(drawing, rows), strict=True))
         events, confirmed, row = [], [], 0
         for w in work:
@@ -272,7 +289,7 @@ class Engine:
             new = chosen.get(s)
             if s in chosen:
                 s.computed += s.pending + len(new or [0]) - 1
-                events.append(self._take(s, new))
+                events.append(self._take(s, new, told.get(s)))
             else:
                 s.computed += w.count
             self._publish(s)
@@ -299,6 +316,8 @@ class Engine:
         groups: dict[Sampling, list[int]] = {}
         for number, (w, rows) in enumerate(zip(drawing, logits, strict=True)):
             s, best = w.sequence, rows.amax(-1).min().item()
+            if s.grammar is not None and math.isfinite(best):
+                rows.masked_fill_(~s.grammar.allowed().to(rows.device), float("-inf"))
             if not math.isfinite(best):
                 s.error = not_finite("the largest", best)
                 continue
@@ -326,22 +345,29 @@ class Engine:
         if sequence.drafted[0] >= TRIAL and sequence.accepted[0] < self._worth * sequence.drafted[0]:
             sequence.guesses = 0
 
-    def _take(self, sequence: Sequence, tokens: list[int] | None) -> Event:
+    def _take(self, sequence: Sequence, tokens: list[int] | None, told: Tensor | None) -> Event:
+        """Adds what was drawn; ``told`` [., V] are log-probabilities, where they are wanted."""
         if tokens is None:
             self._end(sequence, "error")
             return Event(sequence, [], "")
         taken: list[int] = []
         text = ""
         sequence.drafts = []
-        for token in tokens:
+        for row, token in enumerate(tokens):
             if token in self.ends:
                 self._end(sequence, "stop")
                 text += sequence.text.finish()
                 break
             taken.append(token)
             sequence.tokens.append(token)
+            if told is not None:
+                likeliest = told[row].topk(min(sequence.sampling.logprobs or 0, told.shape[1]))
+                pairs = zip(likeliest.indices.tolist(), likeliest.values.tolist(), strict=True)
+                sequence.logprobs.append(Logprobs(told[row, token].item(), list(pairs)))
             text += sequence.text.push(token)
-            if sequence.text.stopped:
+            if sequence.grammar is not None:
+                sequence.grammar.take(token)
+            if sequence.text.stopped or (sequence.grammar is not None and sequence.grammar.complete):
                 self._end(sequence, "stop")
                 break
             if len(sequence.tokens) == sequence.room:

@@ -65,11 +65,11 @@ def are_ids(prompt: Any) -> bool:
     return isinstance(prompt, list | tuple) and all(isinstance(token, Integral) for token in prompt)
 
 
-def end_ids(model: Transformer, tokenizer: Tokenizer) -> set[int | None]:
+def end_ids(model: Transformer, tokenizer: Tokenizer) -> frozenset[int]:
     """Tokens that end a text: the tokenizer's, and those of the model's config."""
     several = model.config.published.get("eos_token_id")  # a published config may list more than one
     own = {tokenizer.eos_id, model.config.eos_token_id, *(several if isinstance(several, list) else ())}
-    return own | tokenizer.end_ids | tokenizer.end_of_turn_ids
+    return frozenset(token for token in own | tokenizer.end_ids | tokenizer.end_of_turn_ids if token is not None)
 
 
 def absent_ids(model: Transformer, tokenizer: Tokenizer) -> Tensor:

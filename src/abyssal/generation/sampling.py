@@ -21,6 +21,7 @@ from abyssal.errors import UserError
 
 # Below this, FP32 logits divided by it may overflow; what is meant is greedy decoding.
 LOWEST_TEMPERATURE = 1e-6
+MOST_LOGPROBS = 100
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,10 @@ class Sampling:
     stop: tuple[str, ...] = ()
     """Text ends before the first of these strings. (Special tokens are not part of the text, so not findable here.)"""
 
+    logprobs: int | None = None
+    """Tell with each token its log-probability, and those of so many of the likeliest; None: do not. They are the
+    model's own, before any filter."""
+
     def __post_init__(self) -> None:
         _require("max_new_tokens", self.max_new_tokens, _whole(self.max_new_tokens, 1), "a whole number from 1")
         _require(
@@ -61,6 +66,8 @@ class Sampling:
         _require("repetition_penalty", penalty, _real(penalty) and penalty > 0, "a number above 0 (1: no penalty)")
         right_seed = self.seed is None or (_whole(self.seed, 0) and self.seed < 2**64)
         _require("seed", self.seed, right_seed, "None or a whole number from 0 and below 2**64")
+        some = self.logprobs is None or (_whole(self.logprobs, 0) and self.logprobs <= MOST_LOGPROBS)
+        _require("logprobs", self.logprobs, some, f"None or a whole number up to {MOST_LOGPROBS}")
         # A lone string would be taken apart into its characters.
         strings = isinstance(self.stop, list | tuple) and all(isinstance(text, str) and text for text in self.stop)
         _require("stop", self.stop, strings, "a tuple of strings that are not empty, such as ('\\n\\n',)")

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from abyssal.generation.grammar import Grammar
 from abyssal.generation.pool import Node
 from abyssal.generation.sampling import Sampling
 from abyssal.generation.text import Text
@@ -18,6 +19,14 @@ class Draft:
 
     token: int
     probabilities: Tensor | None
+
+
+@dataclass(frozen=True)
+class Logprobs:
+    """A token's log-probability, in nats, and those of the likeliest tokens there, the likeliest first."""
+
+    own: float
+    likeliest: list[tuple[int, float]]
 
 
 @dataclass(eq=False)
@@ -33,6 +42,8 @@ class Sequence:
     room: int
     """Most tokens in all: the prompt's and max_new_tokens, or the context."""
     text: Text
+    grammar: Grammar | None = None
+    """The schema that the text is held to, as far as it has come."""
     computed: int = 0
     """Tokens whose latents are in the pages."""
     pages: list[int] = field(default_factory=list)
@@ -49,6 +60,8 @@ class Sequence:
     drafted: list[int] = field(default_factory=list)
     """How many were made, by depth; accepted: how many were right."""
     accepted: list[int] = field(default_factory=list)
+    logprobs: list[Logprobs] = field(default_factory=list)
+    """Of each new token, where the sampling asks for them."""
     finished: str | None = None
     """stop: EOS or a stop string; length; cancelled; error."""
     error: str | None = None

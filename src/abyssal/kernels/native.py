@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_SOURCES = [Path(__file__).with_name(name) for name in ("native.cpp", "native_amx.cpp")]
+_SOURCES = [Path(__file__).with_name(name) for name in ("native.cpp", "native_amx.cpp", "native_decode.cpp")]
 # Sums may be reordered where the source says so (omp simd); NaN and infinity keep their meaning everywhere.
 _FLAGS = "-O3 -march=native -std=c++17 -shared -fPIC -fopenmp -fno-math-errno -fno-trapping-math".split()
 _TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "n": ctypes.c_int, "f": ctypes.c_float}
@@ -48,7 +48,14 @@ _SIGNATURES = {
     "rms_norm": "ppfppiin",
     "rms_norm_backward": "ppppppiin",
     "adamw": "pppppipn",
+    "linear": "pppin",
+    "experts": "pppppiin",
+    "absorb": "pppiiiiiin",
+    "expand": "pppiiiiin",
+    "latent_attention": "pppppp" + "iiiiiiii" + "fn",
+    "paged_attention": "pppppp" + "iiiiiiii" + "fn",
 }
+_REFUSES = ("experts", "latent_attention", "paged_attention")  # return 1 for a number that is out of bounds
 _SUFFIX = {torch.float32: "f", torch.bfloat16: "b"}
 
 
@@ -135,7 +142,7 @@ def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 def _function(name: str, suffix: str) -> Any:
     function = getattr(library(), f"{name}_{suffix}" if suffix else name)
     function.argtypes = [_TYPES[letter] for letter in _SIGNATURES[name]]
-    function.restype = None
+    function.restype = ctypes.c_int if name in _REFUSES else None
     return function
 
 
@@ -393,3 +400,74 @@ def sum_of_squares(x: Tensor) -> float:
     partial = _empty(torch.get_num_threads(), dtype=torch.float64)
     _call("sum_of_squares", (x.dtype,), x, x.numel(), partial, torch.get_num_threads())
     return partial.sum().item()
+
+
+class Matrix(ctypes.Structure):
+    """A matrix as ``native_decode.cpp`` has it: addresses of numbers and scales (None: it has none), rows, columns."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("data", "scales")),
+        *((name, ctypes.c_int64) for name in ("rows", "columns")),
+    ]
+
+
+def address(structure: Any) -> int:
+    """Where a structure lies, for a function that takes it."""
+    return ctypes.addressof(structure)
+
+
+def decoding(name: str, x: torch.dtype, kind: str) -> Any:
+    """``linear`` or ``experts`` of ``native_decode.cpp`` for rows of ``x`` and matrices of ``kind``: "f" FP32, "b"
+    BF16, "8" or "4" packed. A step calls them some 150 times, so kernels/decode.py does so with nothing in between:
+
+    - linear(matrix, x, out, N, threads)
+    - experts([gate_up, down, gate, up, down of the shared one], x, indices, weights, out, N, K, threads); 1: an index
+      is out of bounds.
+    """
+    return _function(name, _SUFFIX[x] + kind)
+
+
+def absorb(q: Tensor, kv_b: Tensor, nope: int, value: int) -> Tensor:
+    """``q`` [N, H, nope + R], ``kv_b`` [H·(nope + value), C] -> [N, H, C + R]; contiguous, as everything below."""
+    rows, heads, size = q.shape
+    latent = kv_b.shape[1]
+    out = q.new_empty(rows, heads, latent + size - nope)
+    _function("absorb", _SUFFIX[q.dtype] + _SUFFIX[kv_b.dtype])(
+        *(q.data_ptr(), kv_b.data_ptr(), out.data_ptr()),
+        *(rows, heads, nope, size - nope, value, latent, torch.get_num_threads()),
+    )
+    return out
+
+
+def expand(o: Tensor, kv_b: Tensor, nope: int, value: int) -> Tensor:
+    """``o`` [N, H, C], ``kv_b`` [H·(nope + value), C] -> [N, H, value]."""
+    rows, heads, latent = o.shape
+    out = o.new_empty(rows, heads, value)
+    _function("expand", _SUFFIX[o.dtype] + _SUFFIX[kv_b.dtype])(
+        *(o.data_ptr(), kv_b.data_ptr(), out.data_ptr()),
+        *(rows, heads, nope, value, latent, torch.get_num_threads()),
+    )
+    return out
+
+
+def paged_attention(
+    q: Tensor, keys: Tensor, values: Tensor | None, table: Tensor, lengths: Tensor, scale: float, width: int
+) -> Tensor:
+    """``q`` [N, H, d], ``keys`` [P, page, H', d], ``values`` [P, page, H', ``width``], ``table`` [N, most] and
+    ``lengths`` [N] int32 -> [N, H, ``width``]. Without values, ``keys`` [P, page, d] are all heads' and their first
+    ``width`` numbers the values.
+
+    Raises IndexError for a page that is not in the pool.
+    """
+    sequences, heads, size = q.shape
+    pages, page = keys.shape[:2]
+    out = q.new_empty(sequences, heads, width)
+    refused = _function("latent_attention" if values is None else "paged_attention", _SUFFIX[q.dtype])(
+        *(q.data_ptr(), keys.data_ptr(), 0 if values is None else values.data_ptr()),
+        *(table.data_ptr(), lengths.data_ptr(), out.data_ptr()),
+        *(sequences, heads, 1 if values is None else keys.shape[2], table.shape[1], pages, page, size, width),
+        *(scale, torch.get_num_threads()),
+    )
+    if refused:
+        raise IndexError(f"a length beyond {table.shape[1]} pages of {page} tokens, or a page outside 0 to {pages - 1}")
+    return out

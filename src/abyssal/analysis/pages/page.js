@@ -49,7 +49,9 @@ function draw(element, figure) {
   if (typeof layout.title === "string") layout.title = { text: layout.title };
   layout.title = { x: 0.02, font: { size: 14 }, ...layout.title };
   drawn.set(element, figure);
-  return Plotly.react(element, figure.data, layout, { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["lasso2d", "select2d"] });
+  const hovers = matchMedia("(hover: hover)").matches; // on a touch screen the buttons would always cover the title
+  const buttons = { displaylogo: false, displayModeBar: hovers ? "hover" : false, modeBarButtonsToRemove: ["lasso2d", "select2d"] };
+  return Plotly.react(element, figure.data, layout, { responsive: true, ...buttons });
 }
 
 function fail(error) {

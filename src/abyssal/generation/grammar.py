@@ -1,0 +1,89 @@
+"""Text that is held to a JSON schema: which tokens may come next, worked out by llguidance."""
+
+from __future__ import annotations
+
+import functools
+import json
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from abyssal.data.tokenizer import Tokenizer
+from abyssal.errors import UserError
+
+# JSON allows any number of blanks between its parts; a model that has lost its way would write nothing else.
+_BLANKS = r"[ \n\t]{0,16}"
+
+
+class Grammars:
+    """Compiles schemas for one tokenizer; ``ends`` are the tokens that end a text, ``vocabulary`` the model's size."""
+
+    def __init__(self, tokenizer: Tokenizer, ends: frozenset[int], vocabulary: int) -> None:
+        self.tokenizer, self.ends, self.vocabulary = tokenizer, ends, vocabulary
+
+    def compile(self, schema: str | dict[str, Any]) -> Grammar:
+        """A way through ``schema``. Raises UserError for one that cannot be compiled, or where llguidance is
+        missing."""
+        try:
+            from llguidance import LLMatcher
+        except ImportError:
+            raise UserError("schema: text held to a schema needs llguidance: pip install 'abyssal[serve]'") from None
+        try:
+            text = schema if isinstance(schema, str) else json.dumps(schema)
+            grammar = LLMatcher.grammar_from_json_schema(text, defaults={"whitespace_pattern": _BLANKS})
+        except ValueError as error:
+            raise UserError(f"schema: not JSON: {error}") from None
+        return Grammar(LLMatcher(self._tokens, grammar, log_level=0), self.vocabulary)
+
+    @functools.cached_property
+    def _tokens(self) -> Any:
+        """The tokenizer as llguidance wants it; takes a second for a large vocabulary."""
+        from llguidance import LLTokenizer, TokenizerWrapper
+
+        return LLTokenizer(TokenizerWrapper(_Pieces(self.tokenizer, self.ends)), eos_token=sorted(self.ends))
+
+
+class Grammar:
+    """One sequence's way through a schema."""
+
+    def __init__(self, matcher: Any, vocabulary: int) -> None:
+        self._matcher = matcher
+        self._check()
+        self._vocabulary = vocabulary
+
+    def allowed(self) -> Tensor:
+        """[V] bool: the tokens that may come next; ends of text where the schema is satisfied."""
+        packed = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
+        self._check()
+        bits = np.unpackbits(packed, bitorder="little")[: self._vocabulary]
+        return torch.from_numpy(np.pad(bits, (0, self._vocabulary - len(bits)))).bool()
+
+    def take(self, token: int) -> None:
+        """Goes on by a token that was allowed."""
+        self._matcher.consume_token(token)
+        self._check()
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing can follow any more."""
+        return bool(self._matcher.is_stopped())
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            raise UserError(f"schema: {' '.join(self._matcher.get_error().split())}")
+
+
+class _Pieces:
+    """A tokenizer as llguidance wants it: every token's bytes."""
+
+    def __init__(self, tokenizer: Tokenizer, ends: frozenset[int]) -> None:
+        self.eos_token_id = min(ends)
+        self.bos_token_id = tokenizer.bos_id
+        self.tokens = [tokenizer.token_bytes(token) for token in range(tokenizer.vocab_size)]
+        self.special_token_ids = [t for t in range(tokenizer.vocab_size) if tokenizer.is_special(t)]
+        self._tokenizer = tokenizer
+
+    def __call__(self, text: bytes | str) -> list[int]:
+        return self._tokenizer.encode(text if isinstance(text, str) else text.decode("utf-8", "replace"))

@@ -1,0 +1,288 @@
+"""What a decoding step computes: a few rows times every active weight, and attention over pages of the cache.
+
+At batch 1 the time of a step is that of reading the weights once, and plain PyTorch reads them at a third of the speed
+that memory has (docs/notebook.md). Where the tensors allow it, each operation here is one call of compiled code
+(kernels/native_decode.cpp): on a CPU, contiguous, FP32 or BF16, no gradients wanted, few rows. Otherwise it is plain
+PyTorch; what it computes stands in the ``_reference`` beside it.
+
+:class:`Linear`, :class:`MLP` and :class:`Experts` get their weights ready once: when weights have just gone through the
+cache, Python's own code comes from memory too, and each line that a call runs counts. They keep the weights they were
+given, not a copy; a weight whose memory is replaced (``weight.data = …``) needs a new one.
+
+A matrix is a tensor or :class:`~abyssal.kernels.packed.Packed`. Results have the dtype of ``x``. With packed weights
+the compiled code rounds activations to int8 too, in groups of 32 (as llama.cpp does); plain PyTorch does not.
+
+Shapes: N rows (tokens), I inputs, O outputs, D hidden, F expert width, E experts, K experts a token, H heads, C latent,
+R rotary dims, V value dims, P pages in the pool. A page holds ``page`` tokens of one layer; token t of sequence n lies
+in page ``block_table[n, t // page]`` at t % page.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from abyssal.kernels import fused, grouped, native
+from abyssal.kernels.attention import attention
+from abyssal.kernels.packed import Packed, dequantize
+
+Matrix = Tensor | Packed
+
+# With more rows the library's products are as fast (docs/notebook.md).
+_ROWS = 32
+_ASSIGNMENTS = 256
+
+
+class _Compiled:
+    """Matrices where compiled code finds them, and its functions by the dtype of x; none where it cannot take them."""
+
+    def __init__(self, name: str, *matrices: Matrix | None) -> None:
+        self.kept = matrices  # their memory must live as long as the addresses
+        self.trained = any(isinstance(x, Tensor) and x.requires_grad for x in matrices)
+        kinds = {_kind(x) for x in matrices if x is not None}
+        self.functions: dict[torch.dtype, Any] = {}
+        if len(kinds) == 1 and (kind := kinds.pop()) is not None and native.library() is not None:
+            self.functions = {dtype: native.decoding(name, dtype, kind) for dtype in (torch.float32, torch.bfloat16)}
+            self.matrices = (native.Matrix * len(matrices))(*map(_matrix, matrices))
+            self.address = native.address(self.matrices)
+
+    def function(self, x: Tensor) -> Any:
+        """What takes ``x``; None: plain PyTorch."""
+        if torch.is_grad_enabled() and (self.trained or x.requires_grad):
+            return None
+        if not x.is_cpu or not x.is_contiguous() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+            return None
+        return self.functions.get(x.dtype)
+
+
+def _kind(weight: Matrix) -> str | None:
+    if isinstance(weight, Packed):
+        fits = weight.data.is_cpu and weight.data.is_contiguous() and weight.scales.is_contiguous()
+        return {"int8": "8", "int4": "4"}[weight.kind] if fits else None
+    return (
+        {torch.float32: "f", torch.bfloat16: "b"}[weight.dtype] if _takes(weight) and weight.is_contiguous() else None
+    )
+
+
+def _takes(*tensors: Tensor) -> bool:
+    return native.supports(*tensors) and not torch.is_autocast_enabled("cpu")
+
+
+def _matrix(weight: Matrix | None) -> native.Matrix:
+    if weight is None:
+        return native.Matrix()
+    rows, columns = weight.shape[:-1].numel(), weight.shape[-1]
+    if isinstance(weight, Packed):
+        return native.Matrix(weight.data.data_ptr(), weight.scales.data_ptr(), rows, columns)
+    return native.Matrix(weight.data_ptr(), None, rows, columns)
+
+
+class Linear:
+    """``x`` [..., I] times ``weight`` [O, I], plus ``bias`` [O]: [..., O]."""
+
+    def __init__(self, weight: Matrix, bias: Tensor | None = None) -> None:
+        self.weight, self.bias = weight, bias
+        self.outputs, self.inputs = weight.shape
+        self.compiled = _Compiled("linear", weight)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        rows, rest = divmod(x.numel(), self.inputs)
+        compiled = self.compiled
+        if rest or not 0 < rows <= _ROWS or (function := compiled.function(x)) is None:
+            return F.linear(x, dense(self.weight, x.dtype), self.bias)
+        out = x.new_empty((*x.shape[:-1], self.outputs))
+        function(compiled.address, x.data_ptr(), out.data_ptr(), rows, torch.get_num_threads())
+        return out if self.bias is None else out.add_(self.bias)
+
+
+def dense(weight: Matrix, dtype: torch.dtype) -> Tensor:
+    """The matrix in ``dtype``; a packed one is unpacked."""
+    return dequantize(weight, dtype) if isinstance(weight, Packed) else weight.to(dtype)
+
+
+class MLP:
+    """A SwiGLU MLP: ``x`` [N, D], ``gate`` and ``up`` [F, D], ``down`` [D, F] -> [N, D]."""
+
+    def __init__(self, gate: Matrix, up: Matrix, down: Matrix) -> None:
+        self.matrices = (gate, up, down)
+        self.compiled = _Compiled("experts", None, None, *self.matrices)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        rows = x.shape[0]
+        if not 0 < rows <= _ROWS or (function := self.compiled.function(x)) is None:
+            gate, up, down = (dense(weight, x.dtype) for weight in self.matrices)
+            return F.linear(fused.swiglu(torch.cat((F.linear(x, gate), F.linear(x, up)), dim=-1)), down)
+        out = torch.empty_like(x)
+        function(self.compiled.address, x.data_ptr(), None, None, out.data_ptr(), rows, 0, torch.get_num_threads())
+        return out
+
+
+def mlp_reference(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """What :class:`MLP` computes."""
+    return (F.silu(x @ gate.t()) * (x @ up.t())) @ down.t()
+
+
+class Experts:
+    """Routed experts and, in the same call, the shared one (gate, up and down as in :class:`MLP`).
+
+    ``x`` [N, D], ``indices`` and ``weights`` [N, K], ``gate_up`` [E, 2F, D] (gate above up), ``down`` [E, D, F] ->
+    [N, D]. Compiled code adds experts up in their order in FP32, the shared one last. Raises IndexError for an index
+    that is no expert's.
+    """
+
+    def __init__(self, gate_up: Matrix, down: Matrix, shared: tuple[Matrix, Matrix, Matrix] | None = None) -> None:
+        self.gate_up, self.down = gate_up, down
+        together = shared is None or len({_kind(x) for x in (gate_up, down, *shared)}) == 1
+        self.compiled = _Compiled("experts", gate_up, down, *((shared if together else None) or (None,) * 3))
+        self.together, self.shared = together, None if shared is None else MLP(*shared)
+
+    def __call__(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+        rows, choices = indices.shape
+        if not 0 < rows <= _ROWS or rows * choices > _ASSIGNMENTS or (function := self.compiled.function(x)) is None:
+            out = self._routed(x, indices, weights)
+            return out if self.shared is None else out + self.shared(x)
+        if indices.dtype != torch.int64 or not indices.is_contiguous():
+            indices = indices.long().contiguous()
+        if weights.dtype != torch.float32 or not weights.is_contiguous():
+            weights = weights.float().contiguous()
+        out = torch.empty_like(x)
+        arguments = (x.data_ptr(), indices.data_ptr(), weights.data_ptr(), out.data_ptr(), rows, choices)
+        if function(self.compiled.address, *arguments, torch.get_num_threads()):
+            raise IndexError(f"expert outside 0 to {self.down.shape[0] - 1}")
+        return out if self.together or self.shared is None else out.add_(self.shared(x))
+
+    def _routed(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+        gate_up, down = self.gate_up, self.down
+        if isinstance(gate_up, Packed) or isinstance(down, Packed):
+            return _one_by_one(x, indices, weights, gate_up, down)
+        where = grouped.plan(indices, gate_up.shape[0], x.dtype)
+        rows = grouped.grouped_linear(grouped.gather(x, where), gate_up.to(x.dtype), where)
+        hidden = fused.swiglu(rows, grouped.row_weights(weights, where))
+        return grouped.combine(grouped.grouped_linear(hidden, down.to(x.dtype), where), where)
+
+
+experts_reference = grouped.experts_reference
+
+
+def _one_by_one(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Matrix, down: Matrix) -> Tensor:
+    """Only one expert at a time is ever unpacked."""
+    if indices.numel() and not 0 <= indices.min() <= indices.max() < gate_up.shape[0]:
+        raise IndexError(f"expert outside 0 to {gate_up.shape[0] - 1}")
+    out = torch.zeros_like(x, dtype=torch.float32)
+    for expert in indices.unique().tolist():
+        token, choice = torch.where(indices == expert)
+        hidden = fused.swiglu(F.linear(x[token], _one(gate_up, expert, x.dtype)), weights[token, choice].float())
+        out.index_add_(0, token, F.linear(hidden, _one(down, expert, x.dtype)).float())
+    return out.to(x.dtype)
+
+
+def _one(weight: Matrix, expert: int, dtype: torch.dtype) -> Tensor:
+    if isinstance(weight, Packed):
+        return dequantize(Packed(weight.data[expert], weight.scales[expert], weight.kind, weight.shape[1:]), dtype)
+    return weight[expert].to(dtype)
+
+
+def absorb(q: Tensor, kv_b: Tensor, nope: int, value: int) -> Tensor:
+    """Queries carried into the latent space: ``q`` [N, H, nope + R], ``kv_b`` [H·(nope + value), C] as kv_b_proj has it
+    -> [N, H, C + R], where the first C are (W^UK)ᵀ q and the rotary part is copied."""
+    if 0 < q.shape[0] <= _ROWS and _runs(q, kv_b):
+        return native.absorb(q, kv_b, nope, value)
+    return absorb_reference(q, kv_b.to(q.dtype), nope, value)
+
+
+def absorb_reference(q: Tensor, kv_b: Tensor, nope: int, value: int) -> Tensor:
+    """What :func:`absorb` computes."""
+    w_uk = kv_b.view(q.shape[1], nope + value, -1)[:, :nope]
+    return torch.cat((torch.einsum("nhj,hjc->nhc", q[..., :nope], w_uk), q[..., nope:]), dim=-1)
+
+
+def expand(o: Tensor, kv_b: Tensor, nope: int, value: int) -> Tensor:
+    """Attention's result carried back: ``o`` [N, H, C], ``kv_b`` as above -> W^UV o, [N, H, value]."""
+    if 0 < o.shape[0] <= _ROWS and _runs(o, kv_b):
+        return native.expand(o, kv_b, nope, value)
+    return expand_reference(o, kv_b.to(o.dtype), nope, value)
+
+
+def expand_reference(o: Tensor, kv_b: Tensor, nope: int, value: int) -> Tensor:
+    """What :func:`expand` computes."""
+    w_uv = kv_b.view(o.shape[1], nope + value, -1)[:, nope:]
+    return torch.einsum("nhc,hvc->nhv", o, w_uv)
+
+
+def latent_attention(
+    q: Tensor, pages: Tensor, block_table: Tensor, lengths: Tensor, scale: float, latent: int
+) -> Tensor:
+    """Attention of one new token a sequence over cached latents; the new token's is among them.
+
+    ``q`` [N, H, C + R] (:func:`absorb`), ``pages`` [P, page, C + R], ``block_table`` [N, most] and ``lengths`` [N]
+    integers -> softmax(q · k · scale) over the sequence's first ``lengths`` latents times their first ``latent`` = C
+    numbers, [N, H, C]; zeros for a sequence of length 0. Raises IndexError for a page that is not in the pool.
+    """
+    if _pages(q, pages):
+        return native.paged_attention(q, pages, None, _int32(block_table), _int32(lengths), scale, latent)
+    values = pages[..., :latent]
+    return paged_attention_plain(q, pages.unsqueeze(2), values.unsqueeze(2), block_table, lengths, scale)
+
+
+def paged_attention(
+    q: Tensor, keys: Tensor, values: Tensor, block_table: Tensor, lengths: Tensor, scale: float
+) -> Tensor:
+    """The same where heads have keys and values of their own: ``q`` [N, H, d], ``keys`` [P, page, H', d], ``values``
+    [P, page, H', V], H' divides H -> [N, H, V]."""
+    if _pages(q, keys, values):
+        width = values.shape[3]
+        return native.paged_attention(q, keys, values, _int32(block_table), _int32(lengths), scale, width)
+    return paged_attention_plain(q, keys, values, block_table, lengths, scale)
+
+
+def paged_attention_plain(
+    q: Tensor, keys: Tensor, values: Tensor, block_table: Tensor, lengths: Tensor, scale: float
+) -> Tensor:
+    """The same in PyTorch, sequence by sequence, in the dtype of ``q``."""
+    out = q.new_zeros(*q.shape[:2], values.shape[-1])
+    page = keys.shape[1]
+    for n, length in enumerate(lengths.tolist()):
+        used = block_table[n, : -(-length // page)].long()
+        if length < 0 or len(used) * page < length or ((used < 0) | (used >= keys.shape[0])).any():
+            raise IndexError(
+                f"a length beyond {block_table.shape[1]} pages of {page} tokens, or a page outside 0 to "
+                f"{keys.shape[0] - 1}"
+            )
+        if length:
+            k, v = (x[used].flatten(0, 1)[:length].transpose(0, 1)[None].to(q.dtype) for x in (keys, values))
+            out[n] = attention(q[n][None, :, None], k, v, scale, None, causal=False)[0, :, 0]
+    return out
+
+
+def paged_attention_reference(
+    q: Tensor, keys: Tensor, values: Tensor, block_table: Tensor, lengths: Tensor, scale: float
+) -> Tensor:
+    """What :func:`paged_attention` computes, token by token."""
+    out = q.new_zeros(*q.shape[:2], values.shape[-1])
+    page, shared = keys.shape[1], q.shape[1] // keys.shape[2]
+    for n in range(q.shape[0]):
+        places = [(int(block_table[n, t // page]), t % page) for t in range(int(lengths[n]))]
+        for head in range(q.shape[1] if places else 0):
+            k = torch.stack([keys[p, i, head // shared] for p, i in places])
+            v = torch.stack([values[p, i, head // shared] for p, i in places])
+            out[n, head] = (k @ q[n, head] * scale).softmax(0) @ v
+    return out
+
+
+def _runs(*tensors: Tensor) -> bool:
+    """Whether compiled code may take ``tensors``."""
+    for x in tensors:
+        if not x.is_contiguous() or (x.requires_grad and torch.is_grad_enabled()):
+            return False
+    return _takes(*tensors)
+
+
+def _pages(q: Tensor, *pools: Tensor) -> bool:
+    return q.shape[0] > 0 and all(x.dtype == q.dtype for x in pools) and _runs(q, *pools)
+
+
+def _int32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.int32 and x.is_contiguous() else x.to(torch.int32).contiguous()
