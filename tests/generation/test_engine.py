@@ -119,6 +119,43 @@ def test_any_schedule_gives_what_each_prompt_gives_alone(data: st.DataObject, ki
     assert engine.pool.available == engine.pool.pages
 
 
+DRAWN: dict[tuple[Any, ...], list[int]] = {}
+
+
+@settings(max_examples=40)
+@given(data=st.data(), drafts=st.integers(0, 3))
+def test_drawn_tokens_do_not_depend_on_the_schedule(data: st.DataObject, drafts: int):
+    """With guesses too: however pages are shared or taken away, a seed gives the text that it gives alone."""
+    model = model_of("one module")
+    requests = data.draw(st.lists(st.tuples(PROMPTS, st.integers(1, 12), st.integers(0, 3)), min_size=2, max_size=5))
+    page = data.draw(st.integers(2, 9), "page")
+    least = max(-(-(len(prompt) + count) // page) for prompt, count, _ in requests)
+    engine = Engine(
+        model,
+        BYTES,
+        page=page,
+        pages=least + data.draw(st.integers(0, 10), "spare pages"),
+        chunk=data.draw(st.integers(1, 30), "chunk"),
+        drafts=drafts,
+    )
+    sequences = []
+    for prompt, count, seed in requests:
+        sequences.append(engine.add(prompt, Sampling(seed=seed, temperature=0.7, top_k=20, max_new_tokens=count)))
+        engine.step()
+    while engine.busy:
+        engine.step()
+    for sequence, (prompt, count, seed) in zip(sequences, requests, strict=True):
+        key = (drafts, seed, count, *prompt)
+        if key not in DRAWN:
+            alone = Engine(model, BYTES, drafts=drafts, prefix_cache=False)
+            one = alone.add(prompt, Sampling(seed=seed, temperature=0.7, top_k=20, max_new_tokens=count))
+            while alone.busy:
+                alone.step()
+            DRAWN[key] = one.new
+        assert sequence.new == DRAWN[key]
+    assert engine.pool.in_use == 0
+
+
 class TestPrefixes:
     def test_a_prompt_that_was_read_is_not_read_again(self):
         engine = Engine(model_of("mla"), BYTES, page=4)

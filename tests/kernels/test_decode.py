@@ -386,7 +386,36 @@ def test_odd_tensors_are_handled():
         layer = decode.Linear(w.to(x.dtype))
         torch.testing.assert_close(layer(x), x @ w.to(x.dtype).t())
     torch.testing.assert_close(decode.Linear(normal(20, 24).t())(x := normal(2, 20)), x @ normal(20, 24))
-    with pytest.raises(RuntimeError):
-        decode.Linear(w)(normal(3, 21))
+    for wrong in (normal(3, 21), normal(2, 10), normal(1, 40)):
+        with pytest.raises(RuntimeError):
+            decode.Linear(w)(wrong)
     with torch.autocast("cpu", torch.bfloat16):
         assert decode.Linear(w)(normal(2, 20)).dtype == torch.bfloat16
+
+
+def test_shapes_that_do_not_fit_are_refused():
+    """Compiled code would read what is not there."""
+    gate_up, down, by, chosen = normal(4, 16, 32), normal(4, 32, 8), torch.ones(2, 3), torch.zeros(2, 3).long()
+    layer, q, kv_b, pool = decode.Experts(gate_up, down), normal(2, 4, 40), normal(4 * 20, 24), normal(5, 8, 40)
+    table, lengths, keys = torch.zeros(2, 2).int(), torch.tensor([3, 4]), normal(5, 8, 2, 40)
+    refused: list[Callable[[], object]] = [
+        lambda: layer(normal(2, 31), chosen, by),
+        lambda: layer(normal(3, 32), chosen, by),
+        lambda: layer(normal(2, 32), chosen, by[:, :2]),
+        lambda: decode.Experts(gate_up, down[:3]),
+        lambda: decode.Experts(gate_up, down, (normal(8, 32), normal(8, 32), normal(31, 8))),
+        lambda: decode.MLP(normal(8, 32), normal(7, 32), normal(32, 8)),
+        lambda: decode.MLP(normal(8, 32), normal(8, 32), normal(32, 8))(normal(2, 33)),
+        lambda: decode.absorb(q, kv_b, 16, 5),
+        lambda: decode.absorb(q[..., :10], kv_b, 16, 4),
+        lambda: decode.expand(normal(2, 4, 25), kv_b, 16, 4),
+        lambda: decode.latent_attention(q[..., 1:], pool, table, lengths, 0.1, 8),
+        lambda: decode.latent_attention(q, pool, table[:1], lengths, 0.1, 8),
+        lambda: decode.latent_attention(q, pool, table, lengths[:1], 0.1, 8),
+        lambda: decode.paged_attention(q[..., 1:], keys, keys, table, lengths, 0.1),
+        lambda: decode.paged_attention(q[:, :3], keys, keys, table, lengths, 0.1),
+        lambda: decode.paged_attention(q, keys, keys[:4], table, lengths, 0.1),
+    ]
+    for call in refused:
+        with pytest.raises(ValueError, match=":"):
+            call()

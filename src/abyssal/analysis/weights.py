@@ -55,11 +55,16 @@ def _nbytes(name: str, shape: tuple[int, ...]) -> dict[str, int]:
     plain = size * dtype.itemsize
     if dtype != FP8:
         return {"fp32": 4 * size, "bf16": plain, "fp8": plain, "int8": plain, "int4": plain}
-    rows, columns = shape
+    return matrix_bytes(*shape)
+
+
+def matrix_bytes(rows: int, columns: int) -> dict[str, int]:
+    """Bytes by precision of a matrix of attention, a dense MLP or an expert: one that is quantised."""
+    size = rows * columns
     return {
         "fp32": 4 * size,
         "bf16": 2 * size,
-        "fp8": size + 4 * math.prod(fp8.scale_shape(shape)),
+        "fp8": size + 4 * math.prod(fp8.scale_shape((rows, columns))),
         "int8": size + 2 * rows,
         "int4": rows * (math.ceil(columns / 2) + 2 * math.ceil(columns / GROUP)),
     }

@@ -14,7 +14,6 @@ An engine is used by one thread. Shapes: N tokens of a pass, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Iterator
 from collections.abc import Sequence as Items
 from contextlib import contextmanager
@@ -28,10 +27,11 @@ from torch import Tensor, nn
 from abyssal.data.tokenizer import Tokenizer
 from abyssal.errors import UserError
 from abyssal.generation.grammar import Grammars
-from abyssal.generation.layout import Span, lay_out
+from abyssal.generation.layout import lay_out
 from abyssal.generation.pool import PagePool
 from abyssal.generation.prompts import absent_ids, check_ids, check_tokenizer, end_ids
 from abyssal.generation.sampling import Sampling, make_generators, not_finite, sample
+from abyssal.generation.scheduler import Scheduler, Work
 from abyssal.generation.sequence import Logprobs, Sequence
 from abyssal.generation.speculative import TRIAL, Confirmed, cost_of_a_draft, draft, verify
 from abyssal.generation.text import Text
@@ -52,36 +52,6 @@ class Event:
     """New tokens; EOS is none."""
     text: str
     """What they complete, perhaps nothing yet."""
-
-
-@dataclass(frozen=True)
-class Work:
-    """The next ``count`` tokens of a sequence, to be computed in this step, its drafts behind the last one included."""
-
-    sequence: Sequence
-    count: int
-
-    @property
-    def draws(self) -> bool:
-        """Whether what follows these tokens is to be drawn: they are the last ones known."""
-        return self.count >= self.sequence.pending
-
-    @property
-    def tells(self) -> bool:
-        """Whether log-probabilities are wanted."""
-        return self.sequence.sampling.logprobs is not None
-
-    @property
-    def span(self) -> Span:
-        """Where they lie."""
-        return Span(self.sequence.pages, self.sequence.computed, self.sequence.computed + self.count)
-
-    @property
-    def tokens(self) -> list[int]:
-        """What is computed."""
-        s = self.sequence
-        known = s.tokens[s.computed : s.computed + self.count]
-        return known + [d.token for d in s.drafts[: self.count - len(known)]]
 
 
 class Engine:
@@ -114,7 +84,6 @@ class Engine:
             raise UserError(f"drafts: {drafts} is not valid; expected {right}")
         check_tokenizer(model, tokenizer)
         self.model, self.tokenizer = model, tokenizer
-        self.chunk, self.most, self.prefix_cache = chunk, most, prefix_cache
         weight = model.model.embed_tokens.weight
         self.device = weight.device
         self.guesses = modules if drafts is None else drafts
@@ -126,8 +95,9 @@ class Engine:
             whole = -(-model.config.max_position_embeddings // page)
             pages = max(whole, _MEMORY // (values * weight.element_size() * layers * page))
         self.pool = PagePool(model.config, pages, page, layers=layers, dtype=weight.dtype, device=self.device)
-        self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []
+        self.scheduler = Scheduler(
+            self.pool, chunk=chunk, most=most, prefix_cache=prefix_cache, guesses=self.guesses, modules=modules
+        )
         self.ends = end_ids(model, tokenizer)
         self.grammars = Grammars(tokenizer, self.ends, model.config.vocab_size)
         self._absent = absent_ids(model, tokenizer).to(self.device)
@@ -137,7 +107,7 @@ class Engine:
     @property
     def busy(self) -> bool:
         """Whether there is anything to do."""
-        return bool(self.waiting or self.running)
+        return bool(self.scheduler.waiting or self.scheduler.running)
 
     def add(
         self,
@@ -169,93 +139,23 @@ class Engine:
         # What a schema allows hangs on every token before: guesses would have to be made under it.
         guesses = self.guesses if grammar is None else 0
         sequence = Sequence(ids, len(ids), sampling, generator, room, text, grammar=grammar, guesses=guesses)
-        self.waiting.append(sequence)
+        self.scheduler.waiting.append(sequence)
         return sequence
 
     def cancel(self, sequence: Sequence) -> None:
         """Ends a sequence here and now; its pages are free again. Nothing happens to one that has ended."""
         if sequence.finished is None:
-            self._end(sequence, "cancelled")
+            self.scheduler.end(sequence, "cancelled")
 
     @torch.inference_mode()
     def step(self, recorder: Recorder | None = None) -> list[Event]:
         """One pass of the model, and what it brought; [] where there is nothing to do. ``recorder`` sees its routing,
         tokens in the order of the pass."""
-        work = self._schedule()
+        work = self.scheduler.schedule()
         if not work:
             return []
         with _evaluating(self.model):
             return self._postprocess(work, *self._run(work, recorder))
-
-    # schedule
-
-    def _schedule(self) -> list[Work]:
-        work: list[Work] = []
-        left = self.chunk
-        short = False
-        for sequence in list(self.running):
-            if left == 0:
-                break
-            if sequence not in self.running:
-                continue  # gave its pages back to an older one
-            count = min(sequence.pending, left)
-            if count == sequence.pending and self._grow(sequence, sequence.computed + count + len(sequence.drafts)):
-                count = min(count + len(sequence.drafts), left)
-            while not self._grow(sequence, sequence.computed + count):
-                short = True
-                youngest = self.running[-1]
-                self._preempt(youngest)
-                work = [w for w in work if w.sequence is not youngest]
-                if youngest is sequence:
-                    break
-            else:
-                work.append(Work(sequence, count))
-                left -= count
-        while self.waiting and left > 0 and not short and len(self.running) < self.most:
-            sequence = self.waiting[0]
-            self._reuse(sequence)
-            # Not before its whole prompt has a place: it would be the first to be sent away again.
-            wanted = -(-(len(sequence.tokens) + 1) // self.pool.page) - len(sequence.pages)
-            if wanted > self.pool.available and self.running:
-                self._give_back(sequence)
-                break
-            self.waiting.popleft()
-            self.running.append(sequence)
-            count = min(sequence.pending, left)
-            grown = self._grow(sequence, sequence.computed + count)
-            assert grown  # add() made sure that the pool holds it
-            work.append(Work(sequence, count))
-            left -= count
-        return work
-
-    def _grow(self, sequence: Sequence, tokens: int) -> bool:
-        """Whether ``sequence`` has pages for ``tokens`` tokens, now that more were taken."""
-        while len(sequence.pages) * self.pool.page < tokens:
-            page = self.pool.take()
-            if page is None:
-                return False
-            sequence.pages.append(page)
-        return True
-
-    def _reuse(self, sequence: Sequence) -> None:
-        """Gives a sequence that begins the known pages of its text; its last token is computed in any case."""
-        if not self.prefix_cache or sequence.pages:
-            return
-        sequence.path = self.pool.find(sequence.tokens[:-1])
-        sequence.pages = [node.page for node in sequence.path]
-        sequence.computed = len(sequence.path) * self.pool.page
-        if not sequence.preempted:
-            sequence.reused = sequence.computed
-
-    def _preempt(self, sequence: Sequence) -> None:
-        self.running.remove(sequence)
-        self._give_back(sequence)
-        sequence.preempted += 1
-        self.waiting.appendleft(sequence)
-
-    def _give_back(self, sequence: Sequence) -> None:
-        self.pool.release(sequence.pages)
-        sequence.pages, sequence.path, sequence.computed, sequence.drafts = [], [], 0, []
 
     # run
 
@@ -292,22 +192,15 @@ class Engine:
                 events.append(self._take(s, new, told.get(s)))
             else:
                 s.computed += w.count
-            self._publish(s)
             if s.finished is None and s.guesses:
-                confirmed.append(Confirmed(s, start, s.computed, slice(row, row + s.computed - start)))
+                confirmed.append(Confirmed(s, start, s.computed, slice(row, row + s.computed - start), s in chosen))
             row += w.count
         if confirmed:
-            self._guess(confirmed, states)
+            draft(self.model, self.pool, confirmed, states, self._absent, self._by_row)
+        for w in work:
+            if w.sequence.finished is None:
+                self.scheduler.publish(w.sequence)
         return events
-
-    def _guess(self, confirmed: list[Confirmed], states: Tensor) -> None:
-        """Has the MTP modules read what is confirmed, and guess what follows where that is the next to come."""
-        # A module's second guess is made at a position that has no page yet.
-        grown = all(self._grow(c.sequence, len(c.sequence.tokens) + self.guesses) for c in confirmed)
-        count = self.guesses if grown else min(self.guesses, len(self.model.mtp_modules))
-        draft(self.model, self.pool, confirmed, states, self._absent, count, self._by_row)
-        for c in confirmed:  # guesses beyond the last token that is wanted would be checked for nothing
-            del c.sequence.drafts[max(c.sequence.room - len(c.sequence.tokens) - 1, 0) :]
 
     def _draw(self, drawing: list[Work], logits: Items[Tensor]) -> list[list[int] | None]:
         """What follows each sequence, one token or more where it had drafts; None, and an error for the sequence, where
@@ -321,7 +214,6 @@ class Engine:
             if not math.isfinite(best):
                 s.error = not_finite("the largest", best)
                 continue
-            s.drafts = s.drafts[: len(rows) - 1]
             if s.drafts:
                 out[number] = verify(rows, s)
                 self._judge(s, len(out[number] or ()) - 1)
@@ -348,14 +240,14 @@ class Engine:
     def _take(self, sequence: Sequence, tokens: list[int] | None, told: Tensor | None) -> Event:
         """Adds what was drawn; ``told`` [., V] are log-probabilities, where they are wanted."""
         if tokens is None:
-            self._end(sequence, "error")
+            self.scheduler.end(sequence, "error")
             return Event(sequence, [], "")
         taken: list[int] = []
         text = ""
         sequence.drafts = []
         for row, token in enumerate(tokens):
             if token in self.ends:
-                self._end(sequence, "stop")
+                self.scheduler.end(sequence, "stop")
                 text += sequence.text.finish()
                 break
             taken.append(token)
@@ -368,31 +260,13 @@ class Engine:
             if sequence.grammar is not None:
                 sequence.grammar.take(token)
             if sequence.text.stopped or (sequence.grammar is not None and sequence.grammar.complete):
-                self._end(sequence, "stop")
+                self.scheduler.end(sequence, "stop")
                 break
             if len(sequence.tokens) == sequence.room:
-                self._end(sequence, "length")
+                self.scheduler.end(sequence, "length")
                 text += sequence.text.finish()
                 break
         return Event(sequence, taken, text)
-
-    def _publish(self, sequence: Sequence) -> None:
-        """Makes the pages that have become full known to others."""
-        page, path = self.pool.page, sequence.path
-        while self.prefix_cache and (len(path) + 1) * page <= sequence.computed:
-            start = len(path) * page
-            text = tuple(sequence.tokens[start : start + page])
-            node = self.pool.publish(path[-1] if path else self.pool.root, text, sequence.pages[len(path)])
-            sequence.pages[len(path)] = node.page
-            path.append(node)
-
-    def _end(self, sequence: Sequence, reason: str) -> None:
-        if sequence in self.running:
-            self.running.remove(sequence)
-        else:
-            self.waiting.remove(sequence)
-        self._give_back(sequence)
-        sequence.finished = reason
 
 
 @contextmanager

@@ -4,7 +4,7 @@ Every page is in one of three states: free; held by one or more sequences; or id
 full of a known text's latents, so that a prompt that begins with this text need not be computed (prefix caching). Idle
 pages are given out again when no free ones are left, those first that were let go the longest ago.
 
-What is known is a tree whose edges are whole pages of tokens: the path from the root to a node spells a text, and the
+What is known is a tree whose edges are pages of tokens: the path from the root to a node spells a text, and the
 node has the page with its last tokens. A sequence holds all pages on its path, so a node falls idle no earlier than
 what hangs on it; sequences let go of their last page first, so the oldest idle page never has one hanging on it.
 """
@@ -12,7 +12,8 @@ what hangs on it; sequences let go of their last page first, so the oldest idle 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence as Tokens
+from collections.abc import Iterable
+from collections.abc import Sequence as Pages
 from dataclasses import dataclass, field
 
 import torch
@@ -26,7 +27,8 @@ class Node:
     """A page of known text."""
 
     page: int
-    tokens: tuple[int, ...]
+    edge: tuple[int, ...]
+    """The tokens that lead here from the parent."""
     parent: Node | None
     children: dict[tuple[int, ...], Node] = field(default_factory=dict)
 
@@ -72,13 +74,13 @@ class PagePool:
             node = self._known.pop(page)
             assert node.parent is not None
             assert not node.children
-            del node.parent.children[node.tokens]
+            del node.parent.children[node.edge]
         else:
             return None
         self._holders[page] = 1
         return page
 
-    def release(self, pages: Tokens[int]) -> None:
+    def release(self, pages: Pages[int]) -> None:
         """One holder lets go of ``pages``, a sequence's in its order."""
         for page in reversed(pages):
             self._holders[page] -= 1
@@ -89,12 +91,12 @@ class PagePool:
             else:
                 self._free.append(page)
 
-    def find(self, tokens: Tokens[int]) -> list[Node]:
-        """The known pages that ``tokens`` begin with, each held once more for the caller."""
+    def find(self, edges: Iterable[tuple[int, ...]]) -> list[Node]:
+        """The known pages along ``edges``, as far as they go, each held once more for the caller."""
         path: list[Node] = []
         node = self.root
-        for start in range(0, len(tokens) - self.page + 1, self.page):
-            following = node.children.get(tuple(tokens[start : start + self.page]))
+        for edge in edges:
+            following = node.children.get(edge)
             if following is None:
                 break
             node = following
@@ -102,16 +104,16 @@ class PagePool:
             path.append(node)
         return path
 
-    def publish(self, parent: Node, tokens: tuple[int, ...], page: int) -> Node:
-        """Makes ``page``, whose tokens follow ``parent``'s text, known. Where another sequence was first, its page is
-        held instead and this one is let go of: the caller goes on with the node's."""
-        known = parent.children.get(tokens)
+    def publish(self, parent: Node, edge: tuple[int, ...], page: int) -> Node:
+        """Makes ``page``, whose tokens follow ``parent``'s text, known by ``edge``. Where another sequence was first,
+        its page is held instead and this one is let go of: the caller goes on with the node's."""
+        known = parent.children.get(edge)
         if known is not None:
             self._hold(known.page)
             self.release([page])
             return known
-        node = Node(page, tokens, parent)
-        parent.children[tokens] = node
+        node = Node(page, edge, parent)
+        parent.children[edge] = node
         self._known[page] = node
         return node
 

@@ -66,6 +66,11 @@ class Sequence:
     """stop: EOS or a stop string; length; cancelled; error."""
     error: str | None = None
 
+    @property
+    def wanted(self) -> int:
+        """How many drafts to make: what they and the token behind them come to must have room."""
+        return max(min(self.guesses, self.room - len(self.tokens) - 1), 0)
+
     def count(self, depth: int, right: bool) -> None:
         """Notes that a guess at ``depth`` (from 0) was right or not."""
         for counts in (self.drafted, self.accepted):

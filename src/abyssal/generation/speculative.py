@@ -33,12 +33,14 @@ TRIAL = 32  # guesses after which a sequence's acceptance is judged
 
 @dataclass(frozen=True)
 class Confirmed:
-    """Rows of a pass that stay: tokens ``start`` to ``end`` of ``sequence``, and their states at ``rows``."""
+    """Rows of a pass that stay: tokens ``start`` to ``end`` of ``sequence``, and their states at ``rows``; ``drew``: a
+    token was drawn behind them."""
 
     sequence: Sequence
     start: int
     end: int
     rows: slice
+    drew: bool
 
 
 def verify(logits: Tensor, sequence: Sequence) -> list[int]:
@@ -74,24 +76,23 @@ def draft(
     confirmed: Items[Confirmed],
     states: Tensor,
     absent: Tensor,
-    count: int,
     by_row: bool,
 ) -> None:
-    """Gives every sequence of ``confirmed`` that has all of its tokens computed but the last ``count`` drafts, others
-    none; their pages must have room for them. ``states`` [1, N, D] are the pass's; ``absent`` [V] ids are never
-    guessed.
+    """Gives every sequence of ``confirmed`` that has all of its tokens computed but the last as many drafts as it
+    wants; its pages must have room for them. Of the others the modules read what is confirmed. ``states`` [1, N, D]
+    are the pass's; ``absent`` [V] ids are never guessed.
     """
     modules = len(model.mtp_modules)
     order = sorted(confirmed, key=lambda c: not Span((), c.start, c.end).attends_by_row(by_row))
     spans = [Span(c.sequence.pages, c.start, c.end) for c in order]
     ends = [sum(span.end - span.start for span in spans[: i + 1]) - 1 for i in range(len(spans))]
-    drawing = [c.sequence.pending == 1 for c in order]
-    last = [end for end, draws in zip(ends, drawing, strict=True) if draws]
-    sequences = [c.sequence for c, draws in zip(order, drawing, strict=True) if draws]
-    for c in order:
-        c.sequence.drafts = []
+    last = [end for end, c in zip(ends, order, strict=True) if c.drew]
+    sequences = [c.sequence for c in order if c.drew]
+    for sequence in sequences:
+        sequence.drafts = []
     hidden = torch.cat([states[:, c.rows] for c in order], dim=1)
-    for depth in range(count if sequences else min(count, modules)):
+    reading = min(modules, max(c.sequence.guesses for c in order))
+    for depth in range(max(reading, *(s.wanted for s in sequences), 0)):
         if depth < modules:
             known = [[*c.sequence.tokens, *(d.token for d in c.sequence.drafts)] for c in order]
             # Where a prompt goes on in the next pass the deeper modules' last tokens are not at hand; any do.
@@ -103,12 +104,15 @@ def draft(
             hidden = _through(model, depth, pool, spans, hidden, tokens, by_row)
             ahead = hidden[:, last]
         else:
+            going_on = [row for row, s in enumerate(sequences) if s.wanted > depth]
+            ahead, sequences = ahead[:, going_on], [sequences[row] for row in going_on]
             position = [len(s.tokens) - 2 + depth - modules + 1 for s in sequences]
             single = [Span(s.pages, p, p + 1) for s, p in zip(sequences, position, strict=True)]
             ahead = _through(model, modules - 1, pool, single, ahead, [s.drafts[-1].token for s in sequences], by_row)
         logits = model.lm_head(ahead[0]).masked_fill(absent, float("-inf"))
         for row, sequence in enumerate(sequences):
-            sequence.drafts.append(_guess(logits[row : row + 1], sequence))
+            if sequence.wanted > depth:
+                sequence.drafts.append(_guess(logits[row : row + 1], sequence))
 
 
 def _through(

@@ -89,11 +89,11 @@ class Linear:
         self.compiled = _Compiled("linear", weight)
 
     def __call__(self, x: Tensor) -> Tensor:
-        rows, rest = divmod(x.numel(), self.inputs)
-        compiled = self.compiled
-        if rest or not 0 < rows <= _ROWS or (function := compiled.function(x)) is None:
+        *leading, inputs = x.shape
+        rows, compiled = x.numel() // self.inputs, self.compiled
+        if inputs != self.inputs or not 0 < rows <= _ROWS or (function := compiled.function(x)) is None:
             return F.linear(x, dense(self.weight, x.dtype), self.bias)
-        out = x.new_empty((*x.shape[:-1], self.outputs))
+        out = x.new_empty((*leading, self.outputs))
         function(compiled.address, x.data_ptr(), out.data_ptr(), rows, torch.get_num_threads())
         return out if self.bias is None else out.add_(self.bias)
 
@@ -108,10 +108,14 @@ class MLP:
 
     def __init__(self, gate: Matrix, up: Matrix, down: Matrix) -> None:
         self.matrices = (gate, up, down)
+        self.hidden, width = down.shape
+        if {tuple(gate.shape), tuple(up.shape)} != {(width, self.hidden)}:
+            raise ValueError(f"MLP: gate {gate.shape} and up {up.shape} do not go with down {down.shape}")
         self.compiled = _Compiled("experts", None, None, *self.matrices)
 
     def __call__(self, x: Tensor) -> Tensor:
-        rows = x.shape[0]
+        rows, hidden = x.shape
+        _same("MLP: columns of x", hidden, self.hidden)
         if not 0 < rows <= _ROWS or (function := self.compiled.function(x)) is None:
             gate, up, down = (dense(weight, x.dtype) for weight in self.matrices)
             return F.linear(fused.swiglu(torch.cat((F.linear(x, gate), F.linear(x, up)), dim=-1)), down)
@@ -135,12 +139,22 @@ class Experts:
 
     def __init__(self, gate_up: Matrix, down: Matrix, shared: tuple[Matrix, Matrix, Matrix] | None = None) -> None:
         self.gate_up, self.down = gate_up, down
+        experts, self.hidden, width = down.shape
+        if gate_up.shape != (experts, 2 * width, self.hidden):
+            raise ValueError(f"experts: gate_up {gate_up.shape} does not go with down {down.shape}")
+        if shared is not None:
+            _same("experts: rows of the shared one's down", shared[2].shape[0], self.hidden)
         together = shared is None or len({_kind(x) for x in (gate_up, down, *shared)}) == 1
         self.compiled = _Compiled("experts", gate_up, down, *((shared if together else None) or (None,) * 3))
         self.together, self.shared = together, None if shared is None else MLP(*shared)
 
     def __call__(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         rows, choices = indices.shape
+        if x.shape != (rows, self.hidden) or weights.shape != indices.shape:
+            raise ValueError(
+                f"experts: x {x.shape}, indices {indices.shape}, weights {weights.shape}; "
+                f"wanted [N, {self.hidden}], [N, K], [N, K]"
+            )
         if not 0 < rows <= _ROWS or rows * choices > _ASSIGNMENTS or (function := self.compiled.function(x)) is None:
             out = self._routed(x, indices, weights)
             return out if self.shared is None else out + self.shared(x)
@@ -188,6 +202,8 @@ def _one(weight: Matrix, expert: int, dtype: torch.dtype) -> Tensor:
 def absorb(q: Tensor, kv_b: Tensor, nope: int, value: int) -> Tensor:
     """Queries carried into the latent space: ``q`` [N, H, nope + R], ``kv_b`` [H·(nope + value), C] as kv_b_proj has it
     -> [N, H, C + R], where the first C are (W^UK)ᵀ q and the rotary part is copied."""
+    _same("absorb: rows of kv_b", kv_b.shape[0], q.shape[1] * (nope + value))
+    _same("absorb: numbers of q without position", q[..., :nope].shape[-1], nope)
     if 0 < q.shape[0] <= _ROWS and _runs(q, kv_b):
         return native.absorb(q, kv_b, nope, value)
     return absorb_reference(q, kv_b.to(q.dtype), nope, value)
@@ -201,6 +217,8 @@ def absorb_reference(q: Tensor, kv_b: Tensor, nope: int, value: int) -> Tensor:
 
 def expand(o: Tensor, kv_b: Tensor, nope: int, value: int) -> Tensor:
     """Attention's result carried back: ``o`` [N, H, C], ``kv_b`` as above -> W^UV o, [N, H, value]."""
+    _same("expand: rows of kv_b", kv_b.shape[0], o.shape[1] * (nope + value))
+    _same("expand: columns of kv_b", kv_b.shape[1], o.shape[2])
     if 0 < o.shape[0] <= _ROWS and _runs(o, kv_b):
         return native.expand(o, kv_b, nope, value)
     return expand_reference(o, kv_b.to(o.dtype), nope, value)
@@ -221,7 +239,9 @@ def latent_attention(
     integers -> softmax(q · k · scale) over the sequence's first ``lengths`` latents times their first ``latent`` = C
     numbers, [N, H, C]; zeros for a sequence of length 0. Raises IndexError for a page that is not in the pool.
     """
-    if _pages(q, pages):
+    _same("attention: numbers of q", q.shape[2], pages.shape[2])
+    _same("attention: rows of block_table and lengths", (len(block_table), len(lengths)), (len(q), len(q)))
+    if _pages(q, pages) and latent <= q.shape[2]:
         return native.paged_attention(q, pages, None, _int32(block_table), _int32(lengths), scale, latent)
     values = pages[..., :latent]
     return paged_attention_plain(q, pages.unsqueeze(2), values.unsqueeze(2), block_table, lengths, scale)
@@ -232,6 +252,10 @@ def paged_attention(
 ) -> Tensor:
     """The same where heads have keys and values of their own: ``q`` [N, H, d], ``keys`` [P, page, H', d], ``values``
     [P, page, H', V], H' divides H -> [N, H, V]."""
+    _same("attention: numbers of q", q.shape[2], keys.shape[3])
+    _same("attention: values' pages", values.shape[:3], keys.shape[:3])
+    _same("attention: heads beyond whole groups", q.shape[1] % keys.shape[2], 0)
+    _same("attention: rows of block_table and lengths", (len(block_table), len(lengths)), (len(q), len(q)))
     if _pages(q, keys, values):
         width = values.shape[3]
         return native.paged_attention(q, keys, values, _int32(block_table), _int32(lengths), scale, width)
@@ -270,6 +294,12 @@ def paged_attention_reference(
             v = torch.stack([values[p, i, head // shared] for p, i in places])
             out[n, head] = (k @ q[n, head] * scale).softmax(0) @ v
     return out
+
+
+def _same(what: str, found: object, wanted: object) -> None:
+    # Compiled code would read beyond the end.
+    if found != wanted:
+        raise ValueError(f"{what}: {found}, not {wanted}")
 
 
 def _runs(*tensors: Tensor) -> bool:

@@ -6,8 +6,8 @@ processors multiply with signed activations. Rows are filled up with zeros to wh
 
 - int8: a byte a number, blocks of 64; the scale is max |w| / 127.
 - int4: blocks of 128 in 64 bytes, the first half in the lower bits, so that one shift unpacks 64 numbers that follow
-  each other. The scale comes from the number farthest from zero, which gets -8, and from a few scales near it: the one with
-  the least squared error is taken.
+  each other. The scale comes from the number farthest from zero, which gets -8, and from a few scales near it: the one
+  with the least squared error is taken.
 
 :mod:`abyssal.kernels.decode` multiplies with them.
 """
