@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from abyssal.analysis.lens import LayerRouting, Text, Texts
 from abyssal.analysis.specialisation import (
     drift,
+    expected_pairs,
     information,
     lift,
     measure,
@@ -92,19 +93,35 @@ def test_pairs_and_lift_equal_loops(case):
                 expected[i, j] += 1
     found = pairs(indices, experts)
     assert found.tolist() == expected.tolist()
-    ratio = lift(found, load)
-    p = load / load.sum()
-    chance = {(i, j): p[i] * p[j] for i in range(experts) for j in range(experts) if i != j}
-    total = sum(expected[pair] for pair in chance)
-    if total == 0:
+    ratio = lift(found)
+    distinct = [set(row) for row in indices.tolist()]
+    partners = [sum(len(row) - 1 for row in distinct if e in row) for e in range(experts)]
+    if not any(partners):
         assert ratio is None
         return
+    chance = expected_pairs(found)
     for i in range(experts):
+        # Each expert keeps its number of pairs, with whom is as by chance: a_i a_j.
+        assert chance[i].sum() == pytest.approx(partners[i], rel=0.01, abs=1e-9)
         for j in range(experts):
-            if i == j or chance[i, j] == 0:
+            if i == j or not partners[i] * partners[j]:
                 assert math.isnan(ratio[i, j])
             else:
-                assert ratio[i, j] == pytest.approx(expected[i, j] / (total * chance[i, j] / sum(chance.values())))
+                assert ratio[i, j] * chance[i, j] == pytest.approx(expected[i, j])
+                for k in set(range(experts)) - {i, j}:
+                    for m in set(range(experts)) - {i, j, k}:
+                        assert chance[i, j] * chance[k, m] == pytest.approx(chance[i, m] * chance[k, j])
+
+
+def test_uneven_loads_alone_are_no_company():
+    """Choices without replacement, by very different loads: no pair likes or avoids each other."""
+    draw = np.random.default_rng(0)
+    load = np.array([0.4, 0.2, 0.15, 0.1, 0.1, 0.05])
+    # Two that are not the same, each by its load: a pair's probability is a_i a_j for i ≠ j.
+    both = draw.choice(6, (400_000, 2), p=load)
+    ratio = lift(pairs(both[both[:, 0] != both[:, 1]].astype(np.int16), 6))
+    assert np.nanmin(ratio) > 0.95
+    assert np.nanmax(ratio) < 1.05
 
 
 @given(routings())

@@ -14,7 +14,7 @@ import time
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs
 
 from abyssal.analysis.page import render_page, to_json
 from abyssal.analysis.report import ReportedRun, report_data
@@ -139,15 +139,15 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         # A page elsewhere may point a name of its own at this machine to read what is here: only ours is answered.
-        host = (self.headers.get("Host") or "").rpartition(":")
+        host = (self.headers.get("Host") or "").lower().rpartition(":")
         if (host[0] or host[2]) not in (HOST, "localhost"):
             self._answer(403, "text/plain", "this server answers to 127.0.0.1 and localhost only\n")
             return
-        address = urlsplit(self.path)
-        if address.path == "/":
+        path, _, asked = self.path.partition("?")
+        if path == "/":
             self._answer(200, "text/html", self.server.live.page())
-        elif address.path == "/data.json":
-            query = parse_qs(address.query)
+        elif path == "/data.json":
+            query = parse_qs(asked)
             page, after = query.get("page", [""])[0][:32], query.get("after", [""])[0][:16]
             known = int(after) if after.isascii() and after.isdecimal() else -1
             data, over = self.server.live.news(known, page)

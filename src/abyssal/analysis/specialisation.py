@@ -13,8 +13,8 @@ tell is ``most`` = min(H(X), H(E) − mean_n H(c_n / C)), and ``share`` = (plug-
 decides everything and 0 where it decides nothing.
 
 **Together.** ``together[i, j]`` counts the tokens that chose both i and j, on the diagonal those that chose i. The lift
-is that count against what it would be if experts were drawn in proportion to their loads p, two different ones at a
-time: lift[i, j] = together[i, j] / (S · p_i p_j / Σ_{k≠l} p_k p_l), S the sum of ``together`` off the diagonal. (The
+is that count against what it would be if every expert kept its number of pairs but did not care with whom it has them:
+lift[i, j] = together[i, j] / (a_i a_j), with a such that Σ_{j≠i} a_i a_j = Σ_{j≠i} together[i, j] for every i. (The
 plain n_i n_j / N would put all pairs below 1, since no token draws the same expert twice.)
 
 Shapes: N tokens, E experts, C choices a token.
@@ -105,7 +105,7 @@ def measure(routing: LayerRouting, texts: Texts, seed: int = 0) -> Measures:
         domain=information(texts.text[seen], indices, experts, rng) if several else None,
         used=_joint(texts.text[seen], len(texts.texts), indices, experts),
         together=together,
-        lift=lift(together, load),
+        lift=lift(together),
         shared=_mean(routing.shared[seen]),
         cosine=_mean(routing.cosine[seen]),
         moved_tokens=None if routing.moved is None else float((routing.moved[seen] > 0).mean()),
@@ -145,17 +145,31 @@ def pairs(indices: NDArray[np.integer], experts: int) -> Counts:
     return out
 
 
-def lift(together: Counts, load: Counts) -> Array | None:
-    """[E, E] as in the module's docstring; NaN on the diagonal and for experts never chosen. None without pairs."""
-    off = ~np.eye(len(load), dtype=bool)
-    total = together[off].sum()
-    if total == 0:
+def lift(together: Counts) -> Array | None:
+    """[E, E] as in the module's docstring; NaN on the diagonal and for experts without pairs. None without pairs."""
+    off = ~np.eye(len(together), dtype=bool)
+    if together[off].sum() == 0:
         return None
-    p = load / load.sum()
-    expected = np.outer(p, p)
-    expected *= total / expected[off].sum()
+    expected = expected_pairs(together)
     out = np.full(together.shape, np.nan)
     np.divide(together, expected, out=out, where=off & (expected > 0))
+    return out
+
+
+def expected_pairs(together: Counts) -> Array:
+    """[E, E] a_i a_j of the module's docstring, 0 on the diagonal; within 1e-9 of each expert's number of pairs, or as
+    near as some thousand rounds come (where one expert is in every pair, only the limit is exact)."""
+    pairs_of = (together - np.diag(np.diag(together))).sum(1).astype(float)
+    a = np.sqrt(pairs_of)
+    for _ in range(5000):
+        others = a.sum() - a
+        fitted = np.sqrt(a * np.divide(pairs_of, others, out=np.zeros_like(a), where=others > 0))
+        done = np.abs(fitted - a).max() <= 1e-12 * a.max()
+        a = fitted
+        if done:
+            break
+    out: Array = np.outer(a, a)
+    np.fill_diagonal(out, 0.0)
     return out
 
 

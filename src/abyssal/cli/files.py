@@ -15,6 +15,8 @@ def check_free(file: Path, option: str, mark: bytes) -> None:
     if not file.parent.is_dir():
         raise UserError(f"{option}: {file}: no such folder: {file.parent}")
     if file.exists():
+        if not file.is_file():
+            raise UserError(f"{option}: {file} is no file; expected a file")
         with file.open("rb") as existing:
             if mark not in existing.read(100_000):
                 raise UserError(f"{option}: {file} exists and is none of ours; choose another file")

@@ -66,6 +66,8 @@ def lens_command(
     check_free(page, "--out", b'<main id="abyssal-lens">')
     if json_file is not None:
         check_free(json_file, "--json", b'"kind": "abyssal lens"')
+        if json_file.resolve() == page.resolve():
+            raise UserError(f"--json: {json_file} is the page itself; choose another file")
     if tokens < 1:
         raise UserError(f"--tokens: {tokens} is not valid; expected a whole number from 1")
     length = choose_window(configs, window, "--window")
@@ -183,8 +185,8 @@ def _show(lens: Lens) -> None:
         show_table(out)
     say(
         "\nentropy of the experts' use in bits, and of the most there can be; token, position, text: bits that\n"
-        "each tells about the expert, above chance; shared: the shared experts' part in the norms of what the\n"
-        "layer adds; moved: tokens whose experts the bias changed"
+        "each tells about the expert, above chance (–: nothing to tell); shared: the shared experts' part in\n"
+        "the norms of what the layer adds; moved: tokens whose experts the bias changed"
     )
     if lens.other is not None:
         out = table("drift, layer", "same experts", "same first", "total variation", "divergence", "weight change")
@@ -197,4 +199,5 @@ def _show(lens: Lens) -> None:
 
 
 def _bits(information: Information | None) -> str:
-    return "–" if information is None else f"{information.bits:.3f}"
+    # No share: the texts could not have told anything, as where no token comes twice.
+    return "–" if information is None or information.share is None else f"{information.bits:.3f}"
