@@ -36,6 +36,18 @@ _ROWS = 32
 _ASSIGNMENTS = 256
 
 
+def few(x: Tensor, assignments: int = 0) -> bool:
+    """Whether what stands here is the way to multiply ``x`` [..., I]: few rows, as in decoding, and no gradient."""
+    return (
+        not torch.is_grad_enabled()
+        and x.is_cpu
+        and 0 < x.numel() <= _ROWS * x.shape[-1]
+        and assignments <= _ASSIGNMENTS
+        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
 class _Compiled:
     """Matrices where compiled code finds them, and its functions by the dtype of x; none where it cannot take them."""
 

@@ -41,6 +41,9 @@ def swiglu(gate_up: Tensor, row_weight: Tensor | None = None) -> Tensor:
     if ops is None:
         return swiglu_reference(gate_up, row_weight)
     row_weight = None if row_weight is None else row_weight.float()
+    if not torch.is_grad_enabled():
+        flat: Tensor = ops.swiglu(gate_up.reshape(-1, gate_up.shape[-1]), row_weight)
+        return flat.view(*gate_up.shape[:-1], flat.shape[-1])
     out: Tensor = _SwiGLU.apply(gate_up.reshape(-1, gate_up.shape[-1]), row_weight, ops)
     return out.view(*gate_up.shape[:-1], out.shape[-1])
 
@@ -73,7 +76,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tenso
     ops = backend(x, weight) if dtype in (x.dtype, torch.bfloat16) else None
     if ops is None:
         return rms_norm_reference(x, weight, eps).to(dtype)
-    out: Tensor = _RMSNorm.apply(x.reshape(-1, x.shape[-1]), weight, eps, dtype, ops)
+    rows = x.reshape(-1, x.shape[-1])
+    if not torch.is_grad_enabled():  # in decoding even what autograd asks of Python is to be seen
+        out: Tensor = ops.rms_norm(rows, weight.float(), eps, dtype)[0]
+    else:
+        out = _RMSNorm.apply(rows, weight, eps, dtype, ops)
     return out.view(x.shape)
 
 

@@ -49,6 +49,9 @@ def turn_heads(x: Tensor, tables: Tables, interleaved: bool) -> Tensor:
     ops = backend(x, *tables)
     if ops is None or not hasattr(ops, "turn_heads"):
         return turn_heads_reference(x, tables, interleaved)
+    if not torch.is_grad_enabled():
+        turned: Tensor = ops.turn_heads(x, *tables, interleaved)
+        return turned
     out: Tensor = _TurnHeads.apply(x, *tables, interleaved, ops)
     return out
 
@@ -80,7 +83,7 @@ def keys_values(kv: Tensor, rotary: Tensor, nope: int) -> Tables:
     ops = backend(kv, rotary) if kv.dtype == rotary.dtype else None
     if ops is None or not hasattr(ops, "keys_values"):
         return keys_values_reference(kv, rotary, nope)
-    k, v = _KeysValues.apply(kv, rotary, nope, ops)
+    k, v = _KeysValues.apply(kv, rotary, nope, ops) if torch.is_grad_enabled() else ops.keys_values(kv, rotary, nope)
     return k, v
 
 

@@ -32,11 +32,12 @@ import torch
 from torch import Tensor, nn
 
 from abyssal.config import MHAConfig, MLAConfig, ModelConfig
+from abyssal.kernels import decode
 from abyssal.kernels.attention import attention
 from abyssal.kernels.heads import keys_values, rotate, turn_heads
 from abyssal.model.cache import LayerCache
 from abyssal.model.fp8 import dense_weight
-from abyssal.model.layers import RMSNorm
+from abyssal.model.layers import Linear, RMSNorm
 from abyssal.model.paged import PagedLayer
 from abyssal.model.rotary import attention_mscale
 
@@ -88,10 +89,10 @@ class MultiHeadAttention(nn.Module):
         a = self.attention = attention
         self.interleaved = config.rope.layout == "interleaved"
         hidden, kv = config.hidden_size, a.num_key_value_heads * a.head_dim
-        self.q_proj = nn.Linear(hidden, a.num_attention_heads * a.head_dim, bias=a.bias)
-        self.k_proj = nn.Linear(hidden, kv, bias=a.bias)
-        self.v_proj = nn.Linear(hidden, kv, bias=a.bias)
-        self.o_proj = nn.Linear(a.num_attention_heads * a.head_dim, hidden, bias=a.bias)
+        self.q_proj = Linear(hidden, a.num_attention_heads * a.head_dim, bias=a.bias)
+        self.k_proj = Linear(hidden, kv, bias=a.bias)
+        self.v_proj = Linear(hidden, kv, bias=a.bias)
+        self.o_proj = Linear(a.num_attention_heads * a.head_dim, hidden, bias=a.bias)
 
     def forward(self, x: Tensor, context: Context, cache: LayerCache | PagedLayer | None = None) -> Tensor:
         split = (-1, self.attention.head_dim)
@@ -109,7 +110,11 @@ class MultiHeadAttention(nn.Module):
 
     def _ragged(self, q: Tensor, cache: PagedLayer, context: Context, scale: float) -> Tensor:
         """Rows of many sequences: ``q`` [1, N, H, d] -> [1, N, H·V]."""
-        outs = []
+        outs, ragged = [], cache.ragged
+        if (rows := ragged.singles) > 0:
+            keys, values = cache.pools
+            one = decode.paged_attention(q[0, :rows], keys, values, ragged.tables, ragged.lengths, scale)
+            outs.append(one.flatten(1).unsqueeze(0))
         for piece, within in zip(cache.ragged.pieces, context.pieces, strict=True):
             k, v = (y.to(q.dtype).transpose(1, 2) for y in cache.past(piece))
             outs.append(attend(q[:, piece.start : piece.end].transpose(1, 2), k, v, scale, within))
@@ -132,11 +137,11 @@ class Queries(nn.Module):
         self.interleaved = config.rope.layout == "interleaved"
         self.scale = a.qk_head_dim**-0.5 * attention_mscale(config.rope)
         if a.q_lora_rank is None:
-            self.q_proj = nn.Linear(config.hidden_size, self.heads * a.qk_head_dim, bias=False)
+            self.q_proj = Linear(config.hidden_size, self.heads * a.qk_head_dim, bias=False)
         else:
-            self.q_a_proj = nn.Linear(config.hidden_size, a.q_lora_rank, bias=a.bias)
+            self.q_a_proj = Linear(config.hidden_size, a.q_lora_rank, bias=a.bias)
             self.q_a_layernorm = RMSNorm(a.q_lora_rank, LATENT_NORM_EPS)
-            self.q_b_proj = nn.Linear(a.q_lora_rank, self.heads * a.qk_head_dim, bias=False)
+            self.q_b_proj = Linear(a.q_lora_rank, self.heads * a.qk_head_dim, bias=False)
         self.compressed = a.q_lora_rank is not None
 
     def queries(self, x: Tensor, context: Context) -> Tensor:
@@ -151,10 +156,10 @@ class LatentAttention(Queries):
     def __init__(self, config: ModelConfig, attention: MLAConfig) -> None:
         super().__init__(config)
         self.latent = attention.kv_lora_rank
-        self.kv_a_proj_with_mqa = nn.Linear(config.hidden_size, self.latent + self.rope_dim, bias=attention.bias)
+        self.kv_a_proj_with_mqa = Linear(config.hidden_size, self.latent + self.rope_dim, bias=attention.bias)
         self.kv_a_layernorm = RMSNorm(self.latent, LATENT_NORM_EPS)
-        self.kv_b_proj = nn.Linear(self.latent, self.heads * (self.nope + self.v_dim), bias=False)
-        self.o_proj = nn.Linear(self.heads * self.v_dim, config.hidden_size, bias=attention.bias)
+        self.kv_b_proj = Linear(self.latent, self.heads * (self.nope + self.v_dim), bias=False)
+        self.o_proj = Linear(self.heads * self.v_dim, config.hidden_size, bias=attention.bias)
 
     def absorb_pays(self, queries: int) -> bool:
         """Whether the absorbed path multiplies less for ``queries`` new tokens over a cache of latents.
@@ -204,10 +209,19 @@ class LatentAttention(Queries):
     def _ragged(self, q: Tensor, cache: PagedLayer, context: Context) -> Tensor:
         """Rows of many sequences: ``q`` [1, H, N, N + R] -> [1, N, H·V]."""
         outs = []
+        if (rows := cache.ragged.singles) > 0:
+            outs.append(self._by_row(q[0, :, :rows].transpose(0, 1).contiguous(), cache))
         for piece, within in zip(cache.ragged.pieces, context.pieces, strict=True):
             (past,) = cache.past(piece)
             outs.append(self._over(past, q[:, :, piece.start : piece.end], within))
         return torch.cat(outs, dim=1)
+
+    def _by_row(self, q: Tensor, cache: PagedLayer) -> Tensor:
+        """Rows that attend each by itself, absorbed, to the pages as they lie: ``q`` [n, H, N + R] -> [1, n, H·V]."""
+        w, (pool,), ragged = dense_weight(self.kv_b_proj, q.dtype), cache.pools, cache.ragged
+        q = decode.absorb(q, w, self.nope, self.v_dim)
+        o = decode.latent_attention(q, pool, ragged.tables, ragged.lengths, self.scale, self.latent)
+        return decode.expand(o, w, self.nope, self.v_dim).flatten(1).unsqueeze(0)
 
     def _keys_values(self, latent: Tensor, k_rope: Tensor) -> tuple[Tensor, Tensor]:
         """Every head's key [B, H, S, N + R] and value [B, H, S, V] from latents, eq. (2), (4), (5)."""

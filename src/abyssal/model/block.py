@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from abyssal.config import MHAConfig, MLAConfig, ModelConfig
 from abyssal.model.attention import Context, LatentAttention, MultiHeadAttention
 from abyssal.model.cache import LayerCache
-from abyssal.model.layers import MLP, RMSNorm
+from abyssal.model.layers import MLP, Linear, RMSNorm
 from abyssal.model.moe import MoE
 from abyssal.model.paged import PagedLayer
 from abyssal.model.router import OutputRecorder, Recorder, Routing
@@ -118,7 +118,7 @@ class MTPModule(Block):
         super().__init__(config, layer)
         self.enorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.hnorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.eh_proj = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
+        self.eh_proj = Linear(2 * config.hidden_size, config.hidden_size, bias=False)
         self.shared_head = nn.ModuleDict({"norm": RMSNorm(config.hidden_size, config.rms_norm_eps)})
 
     def predict(

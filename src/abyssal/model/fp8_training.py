@@ -7,16 +7,17 @@ on the weights stay as they are, so checkpoints and exports know nothing of it. 
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from abyssal.kernels import fp8_training
 from abyssal.kernels.backend import product_dtype
 from abyssal.kernels.fp8_training import Segments
+from abyssal.model.layers import Linear
 from abyssal.model.moe import Experts
 from abyssal.model.transformer import Transformer
 
 
-class FP8TrainingLinear(nn.Linear):
+class FP8TrainingLinear(Linear):
     """``nn.Linear`` with all three products in FP8: [..., I] -> [..., O], in the autocast dtype where that is on."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -42,10 +43,10 @@ class FP8TrainingExperts(Experts):
 def train_in_fp8(model: Transformer) -> None:
     """Has every linear layer of attention, dense MLPs, shared experts and MTP modules, and all routed experts, multiply
     in FP8 from here on, in evaluation too. Router, norms, embedding, head and the attention core stay as they are, and
-    so does what is no plain ``nn.Linear`` or :class:`Experts` (any more). A second call changes nothing.
+    so does what is no plain :class:`Linear` or :class:`Experts` (any more). A second call changes nothing.
     """
     for module in model.model.modules():
-        if type(module) is nn.Linear:
+        if type(module) is Linear:
             module.__class__ = FP8TrainingLinear
         elif type(module) is Experts:
             module.__class__ = FP8TrainingExperts

@@ -6,8 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from abyssal.kernels import decode
 from abyssal.kernels.backend import product_dtype
 from abyssal.kernels.fused import rms_norm, swiglu
 
@@ -30,6 +32,35 @@ class KeepsDtype(nn.Module):
         return self
 
 
+class Decodes(nn.Module):
+    """A module whose weights are made ready for decoding once, and anew when they no longer lie where they lay."""
+
+    def ready(self, make: Callable[..., Any], *weights: Tensor) -> Any:
+        """What ``make`` made of ``weights``."""
+        places = [(weight.data_ptr(), weight.dtype) for weight in weights]
+        made = self.__dict__.get("_made")
+        if made is None or made[0] != places:
+            made = self.__dict__["_made"] = places, make(*weights)
+        return made[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy has its weights elsewhere.
+        return {key: value for key, value in self.__dict__.items() if key != "_made"}
+
+
+class Linear(nn.Linear, Decodes):
+    """``nn.Linear``; a few rows, where no gradient is wanted, are multiplied at the speed of memory."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not decode.few(x):
+            return F.linear(x, self.weight, self.bias)
+        out: Tensor = self.ready(self._decoder, self.weight)(x)
+        return out
+
+    def _decoder(self, weight: Tensor) -> decode.Linear:
+        return decode.Linear(weight, self.bias)
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) · weight over the last dimension, in FP32 inside (arXiv 1910.07467).
 
@@ -48,15 +79,18 @@ class RMSNorm(nn.Module):
         return f"{self.weight.shape[0]}, eps={self.eps}"
 
 
-class MLP(nn.Module):
+class MLP(Decodes):
     """SwiGLU: down(silu(gate(x)) · up(x)), [..., D] -> [..., D] (arXiv 2002.05202)."""
 
     def __init__(self, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+        self.gate_proj = Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        if decode.few(x) and type(self.gate_proj) is type(self.up_proj) is type(self.down_proj) is Linear:
+            mlp = self.ready(decode.MLP, self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)
+            return mlp(x.reshape(-1, x.shape[-1])).view(x.shape)
         out: Tensor = self.down_proj(swiglu(torch.cat((self.gate_proj(x), self.up_proj(x)), dim=-1)))
         return out

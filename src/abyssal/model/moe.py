@@ -6,14 +6,14 @@ import torch
 from torch import Tensor, nn
 
 from abyssal.config import MoEConfig
-from abyssal.kernels import grouped
+from abyssal.kernels import decode, grouped
 from abyssal.kernels.backend import product_dtype
 from abyssal.kernels.fused import swiglu
-from abyssal.model.layers import MLP
+from abyssal.model.layers import MLP, Decodes
 from abyssal.model.router import Router, Routing
 
 
-class Experts(nn.Module):
+class Experts(Decodes):
     """All routed experts of a layer as two stacked tensors; each expert is a SwiGLU MLP.
 
     ``gate_up_proj`` [E, 2F, D] (gate above up), ``down_proj`` [E, D, F]. On disk they are one tensor an expert and
@@ -28,6 +28,9 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         """``x`` [N, D], ``indices`` [N, K], ``weights`` [N, K] -> weighted sum of expert outputs [N, D]."""
+        if decode.few(x, indices.numel()):
+            out: Tensor = self.ready(decode.Experts, self.gate_up_proj, self.down_proj)(x, indices, weights)
+            return out
         dtype = product_dtype(x)
         where = grouped.plan(indices, self.gate_up_proj.shape[0], dtype)
         rows = grouped.gather(x.to(dtype), where)

@@ -90,4 +90,4 @@ def make_pools(
 
 def attends_by_row(config: ModelConfig) -> bool:
     """Whether attention has a way for single rows (:attr:`Ragged.singles`); without one, all are pieces."""
-    return False
+    return config.attention.kind in ("mla", "mha")

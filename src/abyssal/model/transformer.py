@@ -16,7 +16,7 @@ from abyssal.errors import UserError
 from abyssal.model.attention import Context, build_mask
 from abyssal.model.block import Block, MTPModule
 from abyssal.model.cache import Cache
-from abyssal.model.layers import RMSNorm
+from abyssal.model.layers import Linear, RMSNorm
 from abyssal.model.moe import MoE
 from abyssal.model.paged import PagedCache, Ragged
 from abyssal.model.rotary import rotary_tables
@@ -47,7 +47,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.model = Backbone(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         self.initialize(generator)

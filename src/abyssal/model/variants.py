@@ -19,7 +19,7 @@ from abyssal.config import ModelConfig, MoEConfig, SeparateLatentsConfig
 from abyssal.kernels.heads import rotate
 from abyssal.model.attention import LATENT_NORM_EPS, Context, Queries, attend
 from abyssal.model.cache import LayerCache
-from abyssal.model.layers import MLP, RMSNorm
+from abyssal.model.layers import MLP, Linear, RMSNorm
 from abyssal.model.moe import Experts, MoE
 from abyssal.model.paged import PagedLayer
 from abyssal.model.router import Router, Routing
@@ -51,13 +51,13 @@ class SeparateLatentAttention(Queries):
     def __init__(self, config: ModelConfig, attention: SeparateLatentsConfig) -> None:
         super().__init__(config)
         heads, hidden = self.heads, config.hidden_size
-        self.k_a_proj = nn.Linear(hidden, attention.k_lora_rank, bias=attention.bias)
+        self.k_a_proj = Linear(hidden, attention.k_lora_rank, bias=attention.bias)
         self.k_a_layernorm = RMSNorm(attention.k_lora_rank, LATENT_NORM_EPS)
-        self.k_b_proj = nn.Linear(attention.k_lora_rank, heads * attention.qk_head_dim, bias=False)
-        self.v_a_proj = nn.Linear(hidden, attention.v_lora_rank, bias=attention.bias)
+        self.k_b_proj = Linear(attention.k_lora_rank, heads * attention.qk_head_dim, bias=False)
+        self.v_a_proj = Linear(hidden, attention.v_lora_rank, bias=attention.bias)
         self.v_a_layernorm = RMSNorm(attention.v_lora_rank, LATENT_NORM_EPS)
-        self.v_b_proj = nn.Linear(attention.v_lora_rank, heads * self.v_dim, bias=False)
-        self.o_proj = nn.Linear(heads * self.v_dim, hidden, bias=attention.bias)
+        self.v_b_proj = Linear(attention.v_lora_rank, heads * self.v_dim, bias=False)
+        self.o_proj = Linear(heads * self.v_dim, hidden, bias=attention.bias)
 
     def forward(self, x: Tensor, context: Context, cache: LayerCache | PagedLayer | None = None) -> Tensor:
         q = self.queries(x, context)
