@@ -1,4 +1,4 @@
-"""Memory of a plan beside the trainer's own tensors, and what must hold of any layout."""
+"""Memory of training beside the trainer's own tensors, and what must hold of any layout."""
 
 import math
 from typing import Any
@@ -8,26 +8,13 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from abyssal.analysis.activations import Adapters, StepShape, count_activations
-from abyssal.analysis.cache import cache_size
-from abyssal.analysis.memory import (
-    Inventory,
-    Layout,
-    TrainingMemory,
-    TrainingSetup,
-    adapter_parameters,
-    cache_bytes,
-    inference_memory,
-    stage_activations,
-    stage_layers,
-    weight_bytes,
-)
-from abyssal.analysis.parameters import count_parameters
-from abyssal.analysis.weights import count_weights
+from abyssal.analysis.activations import Adapters, StepShape, count_activations, stage_layers
+from abyssal.analysis.inventory import Inventory
+from abyssal.analysis.memory import Layout, TrainingMemory, TrainingSetup, adapter_parameters
 from abyssal.config import ModelConfig, preset
 from abyssal.data.loader import Batch
 from abyssal.kernels import native
-from abyssal.model import Cache, Transformer
+from abyssal.model import Transformer
 from abyssal.training.hardware import autocast
 from abyssal.training.loss import compute_losses, total_loss
 from abyssal.training.recipe import BalanceConfig, OptimizerConfig
@@ -106,6 +93,7 @@ SETUPS = st.sampled_from(
         TrainingSetup(1, 64, adapters=Adapters(4), nf4=True),
     ]
 )
+V3 = Inventory(preset("deepseek-v3"))
 POWERS = st.sampled_from([1, 2, 4])
 
 
@@ -142,9 +130,8 @@ def test_layers_of_stages_are_all_layers() -> None:
 def test_stages_keep_together_what_one_gpu_keeps() -> None:
     config, shape = preset("deepseek-v3"), StepShape(1, 512)
     whole = count_activations(config, shape)
-    assert stage_activations(config, shape) == whole
     tables = count_activations(config, shape).by_term["rotary tables"] // 2
-    stages = [stage_activations(config, shape, 4, stage) for stage in range(4)]
+    stages = [count_activations(config, shape, 4, stage) for stage in range(4)]
     assert sum(stage.kept for stage in stages) == whole.kept + 3 * tables
     # 1F1B: the first of p stages holds p micro-batches.
     setup = TrainingSetup(1, 512, accumulate=16)
@@ -164,6 +151,14 @@ def test_a_gathered_block_by_hand() -> None:
     others = block - 64 * 3 * 2048 * 1408
     assert spread.by_term["gathered blocks"] == 2 * (2 * (ends + 2048) + ends)  # the norm goes with the head
     assert others < ends
+
+
+@settings(max_examples=30)
+@given(SETUPS, st.sampled_from([1, 2, 4, 7, 13, 31, 61]), POWERS)
+def test_the_largest_of_all_stages_counts(setup: TrainingSetup, pipeline: int, tensor: int) -> None:
+    memory = TrainingMemory(V3, setup)
+    layout = Layout(shard=8, tensor=tensor, pipeline=pipeline)
+    assert memory.of(layout).total == max(memory._stage(layout, stage).total for stage in range(pipeline))
 
 
 def test_adapters_by_hand() -> None:
@@ -188,42 +183,6 @@ def test_adapters_by_hand() -> None:
     biases = sum(w.numel for w in inventory.weights if not w.trained)
     expected = quantised * (1 / 2 + 1 / 64 + 4 / 64 / 256) + 2 * rest + 4 * biases
     assert state["weights"] == pytest.approx(expected, abs=1)
-
-
-@pytest.mark.parametrize("name", ["deepseek-moe-16b", "deepseek-v3", "demo", "llama2-7b"])
-def test_inference_weights_are_those_of_inspect(name: str) -> None:
-    config = preset(name)
-    inventory, weights = Inventory(config), count_weights(config)
-    main = [w for w in inventory.weights if w.layer is None or w.layer < config.num_hidden_layers]
-    for precision in ("bf16", "fp8", "int8", "int4"):
-        counted = sum(weight_bytes(weight, precision) for weight in main)
-        assert counted == weights[precision].main
-    assert inventory.parameters == count_parameters(config).total + count_parameters(config).mtp
-
-
-@pytest.mark.parametrize("name", ["deepseek-moe-16b", "deepseek-v2-lite", "demo"])
-def test_cache_bytes_are_those_of_the_cache(name: str) -> None:
-    config = preset(name)
-    with torch.device("meta"):
-        cache = Cache(config, 3, 100, dtype=torch.bfloat16, device="meta")
-    assert (
-        cache_bytes(config, 3, 100) == cache.nbytes == cache_size(config).nbytes(torch.bfloat16, context=100, batch=3)
-    )
-
-
-def test_tensor_parallelism_divides_keys_but_not_latents() -> None:
-    mha, mla = preset("deepseek-moe-16b"), preset("deepseek-v2-lite")
-    assert cache_bytes(mha, 2, 4096, tensor=4) * 4 == cache_bytes(mha, 2, 4096)
-    assert cache_bytes(mla, 2, 4096, tensor=4) == cache_bytes(mla, 2, 4096)
-    one, four = (inference_memory(Inventory(mla), batch=8, context=4096, expert=e) for e in (1, 4))
-    assert four.by_term["cache"] * 4 == one.by_term["cache"]
-
-
-def test_prefill_expands_the_context() -> None:
-    """V3's expanded keys and values of one sequence are what its workspace consists of, in the main."""
-    inventory = Inventory(preset("deepseek-v3"))
-    spaces = [inference_memory(inventory, batch=1, context=c).by_term["workspace"] for c in (4096, 163840)]
-    assert spaces[1] - spaces[0] == (163840 - 4096) * 128 * (192 + 192) * 2
 
 
 @pytest.mark.skipif(native.library() is None, reason="plain PyTorch, which runs here, saves more")

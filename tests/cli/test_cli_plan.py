@@ -42,7 +42,7 @@ def test_training_and_inference_and_time() -> None:
 
 
 def test_lines_of_the_plan_fit_in_80_columns() -> None:
-    out = run("deepseek-moe-16b", "--gpus", "8", "--gpu", "a100-40gb", "--tokens", "1B")
+    out = run("deepseek-moe-16b", "--gpus", "8", "--gpu-memory", "40GB", "--tokens", "1B")
     assert max(len(line.rstrip()) for line in out.splitlines()) <= 88
 
 
@@ -54,7 +54,35 @@ def test_json() -> None:
     assert training["cost"] == pytest.approx(3 * training["gpu_hours"])
     seconds = training["gpu_hours"] * 3600
     assert seconds == pytest.approx(1e6 * training["flops_per_token"] / (989e12 * 0.4))
-    assert data["inference"]["gpus"] == 1
+    assert training["seconds"] == pytest.approx(seconds)  # one GPU
+    assert training["flops"] == 1e6 * training["flops_per_token"]
+    assert not training["peak_is_assumed"]
+    inference = data["inference"]
+    assert inference["layout"] == {"tensor": 1, "expert": 1, "replicas": 1, "gpus": 1}
+    assert {key: inference[key] for key in ("precision", "cache", "batch", "context", "chunk")} == {
+        "precision": "bf16",
+        "cache": "bf16",
+        "batch": 1,
+        "context": 1024,
+        "chunk": 2048,
+    }
+
+
+def test_wall_clock_is_shared_by_gpus() -> None:
+    data = json.loads(run("demo", "--gpu", "h100", "--gpus", "4", "--tokens", "1M", "--json"))["training"]
+    assert data["seconds"] * 4 == pytest.approx(data["gpu_hours"] * 3600)
+
+
+def test_without_a_card_s_name_the_speed_is_assumed_and_said() -> None:
+    arguments = ("deepseek-moe-16b", "--gpus", "8", "--gpu-memory", "80GB", "--tokens", "1T", "--gpu-hour", "2")
+    out = run(*arguments)
+    for expected in ("FLOPs:  1.71e+22", "time:", "an assumed 312 TFLOP/s", "cost:", "--gpu NAME or --gpu-tflops"):
+        assert expected in out
+    data = json.loads(run(*arguments, "--json"))["training"]
+    assert data["peak_is_assumed"]
+    assert data["gpu_hours"] * 3600 == pytest.approx(data["flops"] / (312e12 * 0.4))
+    assert "312 TFLOP/s" in run(*arguments[:5])  # no time: the layout's choice rests on it all the same
+    assert "assumed" not in run("demo", "--gpu", "h100", "--tokens", "1M")
 
 
 def test_inference_alone() -> None:
@@ -74,6 +102,19 @@ def test_published() -> None:
     assert "none are kept for 'demo'" in fault("demo", "--published")
 
 
+def test_published_beside_a_plan() -> None:
+    arguments = ("deepseek-moe-16b", "--published", "--gpu", "h100", "--gpus", "8")
+    out = run(*arguments)
+    assert out.index("layout:") < out.index("39.6 %")
+    assert "one micro-batch a step" in out
+    data = json.loads(run(*arguments, "--json"))
+    assert data["training"]
+    assert [figure["unit"] for figure in data["published"]][:2] == ["B", "B"]
+    result = CliRunner().invoke(app, ["demo", "--published", "--gpu", "h100"])
+    assert isinstance(result.exception, UserError)
+    assert result.output == ""
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -83,7 +124,14 @@ def test_published() -> None:
         (("--gpu", "h100", "--gpus", "0"), "--gpus: 0"),
         (("--gpu", "h100", "--tokens", "lots"), "--tokens: 'lots'"),
         (("--gpu", "h100", "--mfu", "2"), "--mfu: 2"),
-        (("--gpu", "h100", "--gpu-hour", "-1"), "--gpu-hour: -1"),
+        (("--gpu", "h100", "--tokens", "1M", "--gpu-hour", "-1"), "--gpu-hour: -1"),
+        (("--gpu", "h100", "--tokens", "1M", "--gpu-hour", "inf"), "--gpu-hour: inf"),
+        (("--gpu", "h100", "--tokens", "1M", "--gpu-hour", "nan"), "--gpu-hour: nan"),
+        (("--gpu", "h100", "--gpu-hour", "2"), "--gpu-hour: no effect without --tokens"),
+        (("--gpu", "h100", "--adapt", "attention"), "--adapt: no effect without --lora or --qlora"),
+        (("--gpu", "h100", "--inference", "--tokens", "1M", "--lora", "4"), "--tokens, --lora: no effect with"),
+        (("--gpu", "h100", "--inference", "--state", "float32"), "--state: no effect with --inference"),
+        (("--published", "--tokens", "1M"), "none are kept"),
         (("--gpu", "h100", "--gpu-tflops", "0"), "--gpu-tflops: 0"),
         (("--gpu", "h100", "--lora", "4", "--qlora", "4"), "take one of them"),
         (("--gpu", "h100", "--lora", "4", "--adapt", "atention"), "did you mean 'attention'"),

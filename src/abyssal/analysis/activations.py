@@ -30,6 +30,7 @@ sends to its experts: with even loads as many as its own tokens send out.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -131,18 +132,37 @@ def total(*parts: Mapping[str, int]) -> dict[str, int]:
     return {term: count for term, count in out.items() if count}
 
 
-def count_activations(config: ModelConfig, step: StepShape) -> Activations:
-    """Derives what one micro-batch of ``config`` keeps, MTP modules and loss included."""
-    layers, depths = config.num_hidden_layers, config.mtp.num_nextn_predict_layers
-    blocks = [block_activations(config, layer, step) for layer in range(layers + depths)]
-    ends = [final_norm(config, step), *(loss_activations(config, step) for _ in range(depths + 1))]
-    ends += [mtp_input(config, step) for _ in range(depths)]
+def count_activations(config: ModelConfig, step: StepShape, pipeline: int = 1, stage: int = 0) -> Activations:
+    """Derives what ``stage`` of ``pipeline`` keeps of one micro-batch; by default that is all of the model, MTP modules
+    and loss included."""
+    depths, last = config.mtp.num_nextn_predict_layers, stage == pipeline - 1
+    kinds = Counter(block_kind(config, layer) for layer in stage_layers(config, pipeline, stage))
+    example = {block_kind(config, layer): layer for layer in range(config.num_hidden_layers + depths)}
+    blocks = {kind: block_activations(config, example[kind], step) for kind in kinds}
     tables = rotary_tables(config, step)
-    return Activations(
-        total(*(block.kept for block in blocks), *ends, *([tables] * (2 if depths else 1))),
-        max(block.recomputed for block in blocks),
-        max(*(block.working for block in blocks), loss_working(config, step)),
-    )
+    kept = [{term: count * kinds[kind] for term, count in block.kept.items()} for kind, block in blocks.items()]
+    kept.append(tables)
+    working = [block.working for block in blocks.values()]
+    if last:
+        kept.append(final_norm(config, step))
+        kept += [loss_activations(config, step)] * (depths + 1) + [mtp_input(config, step)] * depths
+        kept += [tables] if depths else []
+        working.append(loss_working(config, step))
+    return Activations(total(*kept), max(block.recomputed for block in blocks.values()), max(working))
+
+
+def stage_layers(config: ModelConfig, pipeline: int, stage: int) -> range:
+    """Layers of pipeline stage ``stage``, MTP modules counted on behind the last one's."""
+    layers, depths = config.num_hidden_layers, config.mtp.num_nextn_predict_layers
+    each, more = divmod(layers, pipeline)
+    start = stage * each + min(stage, more)
+    end = start + each + (stage < more)
+    return range(start, end + (depths if stage == pipeline - 1 else 0))
+
+
+def block_kind(config: ModelConfig, layer: int) -> tuple[bool, bool]:
+    """What makes blocks differ: whether it is a MoE layer, and whether it is an MTP module's."""
+    return config.is_moe_layer(layer), layer >= config.num_hidden_layers
 
 
 def block_activations(config: ModelConfig, layer: int, step: StepShape) -> BlockActivations:

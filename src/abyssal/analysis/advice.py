@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from abyssal.analysis.activations import Adapters
-from abyssal.analysis.layouts import AXES, MOST_GPUS, Wishes
-from abyssal.analysis.plan import Planner
+from abyssal.analysis.layouts import MOST_GPUS, Wishes
 from abyssal.errors import UserError
+
+if TYPE_CHECKING:
+    from abyssal.analysis.plan import Planner
 
 _DOUBLINGS = 12
 
@@ -22,7 +23,7 @@ def what_would_fit(planner: Planner) -> str:
             found.append(words)
     counts = [wishes.gpus << k for k in range(1, _DOUBLINGS + 1) if wishes.gpus << k <= MOST_GPUS]
     found += _first(planner, [(f"{count:,} GPUs", {"gpus": count}) for count in counts])
-    found += [] if found else _first(planner, [("this many GPUs", {})])
+    found += [] if found else _first(planner, [(f"{wishes.gpus:,} GPUs", {})])
     if not found:
         lengths = [planner.sequence >> k for k in range(1, 9) if planner.sequence >> k >= 16]
         found = _first(planner, [(f"--sequence {length}", {"sequence": length}) for length in lengths])
@@ -30,8 +31,8 @@ def what_would_fit(planner: Planner) -> str:
 
 
 def _single_changes(wishes: Wishes) -> Iterator[tuple[str, dict[str, Any]]]:
-    if _layout(wishes):
-        yield "another layout", _layout(wishes)
+    if wishes.layout:
+        yield "another layout", dict.fromkeys(wishes.layout)
     if wishes.recompute is False:
         yield "--recompute", {"recompute": True}
     if (wishes.micro_batch or 1) > 1:
@@ -49,7 +50,7 @@ def _first(planner: Planner, changes: list[tuple[str, dict[str, Any]]]) -> list[
     """The first of ``changes`` that fits with everything else as it is; failing that, in another layout; failing that,
     with another batch."""
     wishes = planner.wishes
-    free = _layout(wishes)
+    free: dict[str, Any] = dict.fromkeys(wishes.layout)
     for other in [{}, free] if free else [{}]:
         for words, change in changes:
             if _plan(planner, change | other) is not None:
@@ -65,16 +66,10 @@ def _first(planner: Planner, changes: list[tuple[str, dict[str, Any]]]) -> list[
     return []
 
 
-def _layout(wishes: Wishes) -> dict[str, Any]:
-    """What takes all wishes for a layout back; empty where there are none."""
-    given = any(getattr(wishes, axis) is not None for axis in AXES)
-    return dict.fromkeys(AXES) if given else {}
-
-
 def _plan(planner: Planner, change: dict[str, Any]) -> Planner | None:
     """The planner of the wishes with ``change``, if something fits."""
     try:
-        other = Planner(planner.config, replace(planner.wishes, **change), planner.inventory)
+        other = planner.under(change)
         return other if other.fits() else None
     except UserError:
         return None

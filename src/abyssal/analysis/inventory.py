@@ -53,21 +53,22 @@ class Weight:
         return "experts" if ".experts." in self.name else "mlp"
 
 
-class unfilled(TorchFunctionMode):
-    """Leaves out the random numbers of new tensors: on the meta device they are nothing, but ask torch for its compiler,
-    which takes seconds to import."""
+class Unfilled(TorchFunctionMode):
+    """Leaves out the random numbers of new tensors: on the meta device there are none, but asking for them has torch
+    import its compiler, which takes seconds."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (Tensor.normal_, Tensor.uniform_):
-            return args[0]
-        return func(*args, **kwargs or {})
+        kwargs = kwargs or {}
+        if func in (Tensor.normal_, nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 class Inventory:
     """All tensors of a model, counted on one built without memory."""
 
     def __init__(self, config: ModelConfig) -> None:
-        with torch.device("meta"), unfilled():
+        with torch.device("meta"), Unfilled():
             model = Transformer(config)
         products: set[int] = set()
         muon: set[int] = set()

@@ -16,8 +16,7 @@ from abyssal.errors import UserError
 NODE = 8
 """GPUs of a node."""
 MOST_GPUS = 2**20
-AXES = ("replicate", "shard", "tensor", "expert", "pipeline")
-"""The wishes that are for a layout."""
+_AXES = ("replicate", "shard", "tensor", "expert", "pipeline")
 
 
 @dataclass(frozen=True)
@@ -42,6 +41,11 @@ class Wishes:
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     adapters: Adapters | None = None
     nf4: bool = False
+
+    @property
+    def layout(self) -> dict[str, int]:
+        """What is wished for of the layout."""
+        return {axis: number for axis in _AXES if (number := getattr(self, axis)) is not None}
 
     @property
     def usable(self) -> float:

@@ -1,6 +1,6 @@
-"""Memory of one GPU, from the config alone: for a training step under a parallel layout, and for inference.
+"""Memory of one GPU for a training step under a parallel layout, from the config alone.
 
-**Training** keeps what the package's own trainer keeps. In BF16 the matrices that only products read are BF16, with the
+A plan keeps what the package's own trainer keeps. In BF16 the matrices that only products read are BF16, with the
 lower half of their FP32 number as ``low`` (int16) in the optimizer; norms, router and embedding are FP32. Gradients
 have their weight's dtype, but FP32 where a step gathers several micro-batches. AdamW keeps two moments a weight, Muon
 one for matrices: 4 bytes each, 2 (``bfloat16``), or 1 and an FP32 scale for every 128 (``8bit``; tensors below 4096
@@ -26,115 +26,34 @@ What each is taken to do:
 expert for itself, its gate and up as one), two matrices that are kept like any FP32 master: 4 bytes, 4 of gradient, and
 moments. **QLoRA** has the projections in NF4 with double quantisation: 4 bits, 8 for each block of 64, 32 for 256 of
 these; at most 2^28 of them stand dequantised at a time.
-
-**Inference** holds the main model (no MTP modules) and a cache for batch × context tokens. Weights as FP8 are V3's:
-blocks of 128 × 128 with an FP32 scale; int8 has a BF16 scale for every row, int4 for every 128 weights of a row; norms,
-router, embedding and head are BF16 in all of these. Tensor parallelism divides MHA's cache by heads; MLA's latents are
-on every rank. Expert-parallel ranks divide batch and experts. The workspace is what one sequence's prefill of ``chunk``
-tokens needs in the largest part of a block, with the keys and values of its whole context expanded from the latents.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import Counter
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Literal
 
-import torch
-from torch import nn
-
-from abyssal.analysis import activations
-from abyssal.analysis.activations import Activations, Adapters, BlockActivations, StepShape, total
-from abyssal.checkpoint.names import layer_of
-from abyssal.config import ModelConfig
-from abyssal.kernels import fp8
-from abyssal.model import Transformer
-from abyssal.model.moe import Experts
-from abyssal.model.router import Router
+from abyssal.analysis.activations import (
+    Activations,
+    Adapters,
+    StepShape,
+    block_kind,
+    count_activations,
+    stage_layers,
+)
+from abyssal.analysis.inventory import Inventory, Split, Weight
 
 _MOMENT_BLOCK, _TINY = 128, 4096  # training/optimizer.py
 _MUON_BATCH = 2**26  # training/muon.py
-_DEQUANTISED, _INT4_GROUP = 2**28, 128
+_DEQUANTISED = 2**28
 NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)
 """Bytes of a weight in NF4 with double quantisation."""
 
-Split = Literal["expert", "tensor", "none"]
 State = Literal["float32", "bfloat16", "8bit"]
-Precision = Literal["bf16", "fp8", "int8", "int4"]
-_BY_TENSOR = (
-    *("embed_tokens", "lm_head", "q_proj", "k_proj", "v_proj", "q_b_proj", "k_b_proj", "v_b_proj", "kv_b_proj"),
-    *("o_proj", "gate_proj", "up_proj", "down_proj"),
-)
-
-
-@dataclass(frozen=True)
-class Weight:
-    """A tensor of the model, and what decides how many bytes it takes."""
-
-    name: str
-    shape: torch.Size
-    layer: int | None
-    product: bool
-    """Read by matrix products only (BF16 while training in BF16)."""
-    muon: bool
-    """Updated by Muon where that is the optimizer."""
-    trained: bool
-    split: Split
-
-    @property
-    def numel(self) -> int:
-        return self.shape.numel()
-
-    @property
-    def adaptable(self) -> str | None:
-        """The part that LoRA may be put on (:data:`abyssal.analysis.activations.ADAPTABLE`)."""
-        if not self.product or "_proj" not in self.name or "eh_proj" in self.name:
-            return None
-        if ".self_attn." in self.name:
-            return "attention"
-        if ".shared_experts." in self.name:
-            return "shared"
-        return "experts" if ".experts." in self.name else "mlp"
-
-
-class Inventory:
-    """All tensors of a model, counted on one built without memory."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        with torch.device("meta"):
-            model = Transformer(config)
-        products: set[int] = set()
-        muon: set[int] = set()
-        for module in model.modules():
-            if isinstance(module, Experts):
-                products |= {id(p) for p in module.parameters()}
-            elif isinstance(module, nn.Linear):
-                products.add(id(module.weight))
-            if isinstance(module, Router) or (isinstance(module, nn.Linear) and module is not model.lm_head):
-                muon.add(id(module.weight))
-        muon |= {id(p) for module in model.modules() if isinstance(module, Experts) for p in module.parameters()}
-        products.discard(id(model.model.embed_tokens.weight))  # also where the head is tied to it
-        muon.discard(id(model.lm_head.weight))
-        self.config = config
-        self.weights = [
-            Weight(name, p.shape, layer_of(name), id(p) in products, id(p) in muon, True, _split(name))
-            for name, p in model.named_parameters()
-        ]
-        self.weights += [
-            Weight(name, b.shape, layer_of(name), False, False, False, "none") for name, b in model.named_buffers()
-        ]
-
-    @cached_property
-    def parameters(self) -> int:
-        return sum(weight.numel for weight in self.weights)
-
-
-def _split(name: str) -> Split:
-    if ".mlp.experts." in name:
-        return "expert"
-    return "tensor" if any(f"{part}.weight" in name for part in _BY_TENSOR) else "none"
+Kind = tuple[bool, bool] | Literal["embedding", "end"]
+"""What a part is: a block of some kind (:func:`block_kind`), the embedding, or the last norm and the head."""
 
 
 @dataclass(frozen=True)
@@ -266,15 +185,15 @@ class _Part:
             self.largest[weight.split] = max(self.largest.get(weight.split, 0), weight.numel)
 
     @classmethod
-    def sum(cls, parts: Sequence[_Part]) -> _Part:
-        """All of ``parts`` together."""
+    def sum(cls, parts: list[tuple[_Part, int]]) -> _Part:
+        """All of ``parts``, each so many times."""
         out = cls()
-        for part in parts:
+        for part, count in parts:
             for split, terms in part.state.items():
                 state = out.state.setdefault(split, {})
                 for term, nbytes in terms.items():
-                    state[term] = state.get(term, 0) + nbytes
-                out.gathered[split] = out.gathered.get(split, 0) + part.gathered[split]
+                    state[term] = state.get(term, 0) + count * nbytes
+                out.gathered[split] = out.gathered.get(split, 0) + count * part.gathered[split]
                 out.largest[split] = max(out.largest.get(split, 0), part.largest.get(split, 0))
         return out
 
@@ -293,19 +212,22 @@ class TrainingMemory:
     def __init__(self, inventory: Inventory, setup: TrainingSetup) -> None:
         config = self.config = inventory.config
         self.setup = setup
-        self.blocks = [_Part() for _ in range(config.num_hidden_layers + config.mtp.num_nextn_predict_layers)]
-        self.embedding, self.end = _Part(), _Part()
+        self._parts: dict[Kind, _Part] = {"embedding": _Part(), "end": _Part()}
+        first = {block_kind(config, layer): layer for layer in reversed(stage_layers(config, 1, 0))}
+        self._parts |= {kind: _Part() for kind in first}
+        self._kinds: dict[tuple[int, int], Counter[Kind]] = {}
+        self._distinct: dict[int, list[int]] = {}
         self._sums: dict[tuple[int, int], _Part] = {}
         self._held: dict[tuple[int, int, int, int], Activations] = {}
         for weight in inventory.weights:
-            if weight.layer is not None:
-                self.blocks[weight.layer].add(weight, setup)
-            else:
-                (self.embedding if "embed_tokens" in weight.name else self.end).add(weight, setup)
+            if weight.layer is None:
+                self._parts["embedding" if "embed_tokens" in weight.name else "end"].add(weight, setup)
+            elif first[kind := block_kind(config, weight.layer)] == weight.layer:
+                self._parts[kind].add(weight, setup)
 
     def of(self, layout: Layout) -> Memory:
         """The largest stage's memory."""
-        stages = [self._stage(layout, stage) for stage in range(layout.pipeline)]
+        stages = [self._stage(layout, stage) for stage in self._distinct_stages(layout.pipeline)]
         return max(stages, key=lambda memory: memory.total)
 
     def state(self, layout: Layout, stage: int = 0) -> dict[str, int]:
@@ -320,29 +242,50 @@ class TrainingMemory:
         """Bytes that FSDP brings together on a GPU for one pass through ``stage``, by how weights are split."""
         return _gathered(self._sum(layout.pipeline, stage), layout)
 
-    def _parts(self, pipeline: int, stage: int) -> list[_Part]:
-        parts = [self.blocks[layer] for layer in stage_layers(self.config, pipeline, stage)]
-        last = stage == pipeline - 1
-        again = self.config.tie_word_embeddings or self.config.mtp.num_nextn_predict_layers > 0
-        if stage == 0 or (last and again):
-            parts.append(self.embedding)
-        return [*parts, self.end] if last else parts
+    def _stage_kinds(self, pipeline: int, stage: int) -> Counter[Kind]:
+        """How many parts of each kind a stage has."""
+        if (pipeline, stage) not in self._kinds:
+            config = self.config
+            kinds = Counter[Kind](block_kind(config, layer) for layer in stage_layers(config, pipeline, stage))
+            last = stage == pipeline - 1
+            again = config.tie_word_embeddings or config.mtp.num_nextn_predict_layers > 0
+            if stage == 0 or (last and again):
+                kinds["embedding"] = 1
+            if last:
+                kinds["end"] = 1
+            self._kinds[pipeline, stage] = kinds
+        return self._kinds[pipeline, stage]
+
+    def _distinct_stages(self, pipeline: int) -> list[int]:
+        """The first of all stages that have the same parts: it keeps the most micro-batches."""
+        if pipeline not in self._distinct:
+            first: dict[frozenset[tuple[Kind, int]], int] = {}
+            for stage in range(pipeline):
+                first.setdefault(frozenset(self._stage_kinds(pipeline, stage).items()), stage)
+            self._distinct[pipeline] = list(first.values())
+        return self._distinct[pipeline]
 
     def _sum(self, pipeline: int, stage: int) -> _Part:
         if (pipeline, stage) not in self._sums:
-            self._sums[pipeline, stage] = _Part.sum(self._parts(pipeline, stage))
+            kinds = self._stage_kinds(pipeline, stage)
+            self._sums[pipeline, stage] = _Part.sum([(self._parts[kind], count) for kind, count in kinds.items()])
         return self._sums[pipeline, stage]
 
     def _activations(self, layout: Layout, stage: int) -> Activations:
         key = (layout.tensor, layout.expert, layout.pipeline, stage)
         if key not in self._held:
-            self._held[key] = stage_activations(self.config, self.setup.step(layout), layout.pipeline, stage)
+            self._held[key] = count_activations(self.config, self.setup.step(layout), layout.pipeline, stage)
         return self._held[key]
 
     def _stage(self, layout: Layout, stage: int) -> Memory:
         terms, setup = self.state(layout, stage), self.setup
-        parts, whole = self._parts(layout.pipeline, stage), self._sum(layout.pipeline, stage)
-        units = sorted((sum(_gathered(part, layout).values()) for part in parts), reverse=True)
+        kinds, whole = self._stage_kinds(layout.pipeline, stage), self._sum(layout.pipeline, stage)
+        units = [
+            nbytes
+            for kind, count in kinds.items()
+            for nbytes in [sum(_gathered(self._parts[kind], layout).values())] * min(count, 2)
+        ]
+        units.sort(reverse=True)
         # Two units' weights; and the gradient of one, where there is one.
         terms["gathered blocks"] = math.ceil(sum(units[:2]) + (units[0] if setup.adapters is None else 0))
         held = self._activations(layout, stage)
@@ -362,104 +305,3 @@ class TrainingMemory:
             terms["Muon's buffers"] = max(buffers - spare, 0)
         by_term = {term: count * flying for term, count in held.by_term.items()}
         return Memory({term: nbytes for term, nbytes in terms.items() if nbytes}, by_term, stage)
-
-
-def stage_layers(config: ModelConfig, pipeline: int, stage: int) -> range:
-    """Layers of pipeline stage ``stage``, MTP modules counted on behind the last one's."""
-    layers, depths = config.num_hidden_layers, config.mtp.num_nextn_predict_layers
-    each, more = divmod(layers, pipeline)
-    start = stage * each + min(stage, more)
-    end = start + each + (stage < more)
-    return range(start, end + (depths if stage == pipeline - 1 else 0))
-
-
-def stage_activations(config: ModelConfig, step: StepShape, pipeline: int = 1, stage: int = 0) -> Activations:
-    """What a pipeline stage keeps of one micro-batch."""
-    depths, last = config.mtp.num_nextn_predict_layers, stage == pipeline - 1
-    kinds: dict[tuple[bool, bool], BlockActivations] = {}
-    kept: list[dict[str, int]] = []
-    for layer in stage_layers(config, pipeline, stage):
-        kind = (config.is_moe_layer(layer), layer >= config.num_hidden_layers)
-        if kind not in kinds:
-            kinds[kind] = activations.block_activations(config, layer, step)
-        kept.append(kinds[kind].kept)
-    tables = activations.rotary_tables(config, step)
-    kept.append(tables)
-    working = [block.working for block in kinds.values()]
-    if last:
-        kept.append(activations.final_norm(config, step))
-        kept += [activations.loss_activations(config, step) for _ in range(depths + 1)]
-        kept += [activations.mtp_input(config, step) for _ in range(depths)]
-        kept += [tables] if depths else []
-        working.append(activations.loss_working(config, step))
-    return Activations(
-        total(*kept), max((block.recomputed for block in kinds.values()), default=0), max(working, default=0)
-    )
-
-
-def cache_bytes(config: ModelConfig, batch: int, context: int, tensor: int = 1, width: int = 2) -> int:
-    """Bytes of the cache for ``batch`` sequences of ``context`` tokens on one of ``tensor`` ranks."""
-    a = config.attention
-    values = a.cached_values
-    if a.kind == "mha":
-        values = 2 * -(-a.num_key_value_heads // tensor) * a.head_dim
-    return batch * context * config.num_hidden_layers * values * width
-
-
-def weight_bytes(weight: Weight, precision: Precision) -> float:
-    """Bytes of a tensor for inference."""
-    if not weight.trained:
-        return 4 * weight.numel  # e_score_correction_bias
-    if precision == "bf16" or weight.adaptable is None:
-        return 2 * weight.numel
-    if precision == "fp8":
-        shape = weight.shape
-        if weight.name.endswith(".gate_up_proj"):  # gate and up have blocks of their own
-            shape = torch.Size((shape[0], 2, shape[1] // 2, shape[2]))
-        return weight.numel + 4 * math.prod(fp8.scale_shape(shape))
-    columns = weight.shape[-1]
-    rows = weight.numel // columns
-    return rows * (columns + 2 if precision == "int8" else -(-columns // 2) + 2 * -(-columns // _INT4_GROUP))
-
-
-def inference_memory(
-    inventory: Inventory,
-    *,
-    precision: Precision = "bf16",
-    batch: int,
-    context: int,
-    chunk: int = 2048,
-    tensor: int = 1,
-    expert: int = 1,
-    cache_width: int = 2,
-) -> Memory:
-    """Memory of one of ``tensor`` · ``expert`` GPUs that serve ``batch`` sequences of ``context`` tokens together."""
-    config = inventory.config
-    divided: dict[Split, int] = {"expert": tensor * expert, "tensor": tensor, "none": 1}
-    weights = sum(
-        weight_bytes(weight, precision) / divided[weight.split]
-        for weight in inventory.weights
-        if weight.layer is None or weight.layer < config.num_hidden_layers
-    )
-    local = -(-batch // expert)
-    return Memory(
-        {
-            "weights": math.ceil(weights),
-            "cache": cache_bytes(config, local, context, tensor, cache_width),
-            "workspace": _workspace(config, local, context, min(chunk, context), tensor, expert),
-        }
-    )
-
-
-def _workspace(config: ModelConfig, batch: int, context: int, chunk: int, tensor: int, expert: int) -> int:
-    step = StepShape(1, chunk, tensor=tensor, expert=expert)
-    layers = {config.is_moe_layer(layer): layer for layer in range(config.num_hidden_layers)}
-    blocks = [activations.block_activations(config, layer, step) for layer in layers.values()]
-    part = max(max(sum(block.attention.values()), sum(block.feed_forward.values())) for block in blocks)
-    a, expanded = config.attention, 0
-    if a.kind != "mha":
-        heads = a.num_attention_heads // tensor
-        expanded = 2 * context * heads * (a.qk_head_dim + max(a.qk_head_dim, a.v_head_dim))
-    residual = 2 * 2 * chunk * config.hidden_size
-    logits = (2 + 4) * batch * config.vocab_size // tensor
-    return part + expanded + residual + logits

@@ -1,5 +1,4 @@
-"""A plan from a config alone: the parallel layout that a training run would take, its time and cost; what inference
-takes.
+"""A plan from a config alone: the parallel layout that a training run would take, its time and cost.
 
 Of all layouts that are possible and fit, the one is taken that costs the fewest GPU seconds a token by this estimate:
 
@@ -16,96 +15,35 @@ taken where nothing fits without it: it cuts products that are narrow already. B
 the simpler one is taken: less pipeline and expert parallelism, less sharding, and larger micro-batches, up to 16,384
 tokens.
 
-Time is tokens · FLOPs a token / (GPUs · peak · MFU); the FLOPs are the model's own (:mod:`abyssal.analysis.flops`), so
-whatever recomputation, communication and idle stages cost has to be in the MFU that is stated. With LoRA the gradients
-of frozen weights are not worked out: two thirds of the FLOPs.
+The estimate ranks layouts and does nothing else. Time is tokens · FLOPs a token / (GPUs · peak · MFU); the FLOPs are
+the model's own (:mod:`abyssal.analysis.flops`), so whatever recomputation, communication and idle stages cost has to be
+in the MFU that is stated. With LoRA the backward pass of a frozen matrix has one product, for its input's gradient: two
+forward passes in all. Attention's two products have no weights and keep theirs, and the adapters train in full: three
+forward passes of each.
 """
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any
 
 from abyssal.analysis.activations import Adapters
-from abyssal.analysis.cards import Card
+from abyssal.analysis.advice import what_would_fit
 from abyssal.analysis.flops import count_flops
-from abyssal.analysis.memory import (
-    Inventory,
-    Layout,
-    Memory,
-    Precision,
-    State,
-    TrainingMemory,
-    TrainingSetup,
-    inference_memory,
-)
+from abyssal.analysis.inventory import Inventory
+from abyssal.analysis.layouts import NODE, Wishes, check, layouts
+from abyssal.analysis.memory import Layout, Memory, TrainingMemory, TrainingSetup, adapter_parameters
+from abyssal.analysis.units import size
 from abyssal.config import ModelConfig
 from abyssal.errors import UserError
 
-NODE = 8
 NETWORK = 50e9
-_ASSUMED_FLOPS = 312e12
+ASSUMED_FLOPS = 312e12
+"""Of a GPU that nothing is known of: an A100's."""
 _MICRO_BATCHES = (1, 2, 4, 8, 16, 32, 64)
 _ENOUGH_TOKENS = 16384
-_MOST_GPUS = 2**20
-
-_SIZE = re.compile(r"\s*([0-9]*\.?[0-9]+(?:e[+-]?[0-9]+)?)\s*([a-z]*)\s*", re.IGNORECASE)
-_BYTES = {"b": 1, **{u: 1000**i for i, u in enumerate(("kb", "mb", "gb", "tb"), 1)}}
-_BYTES |= {u: 1024**i for i, u in enumerate(("kib", "mib", "gib", "tib"), 1)}
-_COUNTS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
-
-
-def parse_bytes(text: str, field: str) -> float:
-    """``80GB`` (10^9), ``80GiB`` (2^30), ``40960MB``. Raises UserError naming ``field``."""
-    return _parse(text, field, _BYTES, "a size such as 80GB, 80GiB or 40960MB")
-
-
-def parse_count(text: str, field: str) -> float:
-    """``1T``, ``14.8T``, ``300M``, ``2e12``. Raises UserError naming ``field``."""
-    return _parse(text, field, _COUNTS, "a number such as 300M, 14.8T or 2e12")
-
-
-def _parse(text: str, field: str, units: dict[str, int], wanted: str) -> float:
-    match = _SIZE.fullmatch(text)
-    unit = match[2].lower() if match else ""
-    if match is None or unit not in units:
-        raise UserError(f"{field}: {text!r} is not {wanted}")
-    number = float(match[1]) * units[unit]
-    if not 0 < number < 1e24:
-        raise UserError(f"{field}: {text!r} is {'not above 0' if number <= 0 else 'more than anything here'}")
-    return number
-
-
-@dataclass(frozen=True)
-class Wishes:
-    """What the user has said; None: the plan chooses. Fields are called as the options are."""
-
-    gpus: int
-    card: Card
-    reserve: float = 0.05
-    mfu: float = 0.4
-    sequence: int | None = None
-    replicate: int | None = None
-    shard: int | None = None
-    tensor: int | None = None
-    expert: int | None = None
-    pipeline: int | None = None
-    micro_batch: int | None = None
-    global_batch: int | None = None
-    recompute: bool | None = None
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    state: State = "float32"
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    adapters: Adapters | None = None
-    nf4: bool = False
-
-    @property
-    def usable(self) -> float:
-        """Bytes of a GPU that may be planned with."""
-        return self.card.memory * (1 - self.reserve)
 
 
 @dataclass(frozen=True)
@@ -125,131 +63,26 @@ class TrainingPlan:
         return self.setup.micro_batch * self.setup.accumulate * self.layout.data
 
 
-@dataclass(frozen=True)
-class InferencePlan:
-    """The smallest group of GPUs that serves a batch, and how many sequences fit on it by context."""
-
-    tensor: int
-    expert: int
-    memory: Memory
-    fits: dict[int, int]
-
-    @property
-    def gpus(self) -> int:
-        return self.tensor * self.expert
-
-
-def training_flops(config: ModelConfig, sequence: int, adapters: Adapters | None = None) -> float:
-    """FLOPs a token of training, at ``sequence`` tokens a sequence."""
-    return count_flops(config, sequence).training * (2 / 3 if adapters else 1)
+def training_flops(inventory: Inventory, sequence: int, adapters: Adapters | None = None) -> int:
+    """FLOPs a token of training, at ``sequence`` tokens a sequence; with ``adapters`` everything else is frozen."""
+    config = inventory.config
+    counts = count_flops(config, sequence)
+    if adapters is None:
+        return counts.training
+    scores = sum(parts.get("attention scores and values", 0) for parts in (counts.by_part, counts.mtp_by_part))
+    active = 0
+    for weight in inventory.weights:
+        count = adapter_parameters(weight, adapters)
+        if count and weight.adaptable == "experts":
+            assert config.moe is not None
+            count = count // config.moe.n_routed_experts * config.moe.num_experts_per_tok * config.moe.segments
+        active += count
+    return 2 * (counts.forward + counts.mtp) + scores + 6 * active
 
 
 def gpu_seconds(tokens: float, flops: float, card_flops: float, mfu: float) -> float:
     """Seconds of one GPU for ``tokens`` of ``flops`` each."""
     return tokens * flops / (card_flops * mfu)
-
-
-def check(config: ModelConfig, wishes: Wishes) -> None:
-    """Raises UserError for wishes that no layout can meet, whatever the memory."""
-    numbers = ("gpus", "replicate", "shard", "tensor", "expert", "pipeline", "micro_batch", "global_batch", "sequence")
-    for name in numbers:
-        number = getattr(wishes, name)
-        if number is not None and number < 1:
-            raise UserError(f"--{name.replace('_', '-')}: {number} is not at least 1")
-    if wishes.gpus > _MOST_GPUS:
-        raise UserError(f"--gpus: {wishes.gpus} is more than {_MOST_GPUS:,}")
-    if not 0 < wishes.mfu <= 1:
-        raise UserError(f"--mfu: {wishes.mfu:g} is not above 0 and at most 1; 0.4 means 40% of the peak")
-    if not 0 <= wishes.reserve < 1:
-        raise UserError(f"--reserve: {wishes.reserve:g} is not at least 0 and below 1; 0.05 keeps 5% free")
-    if wishes.sequence is not None and wishes.sequence > config.max_position_embeddings:
-        raise UserError(
-            f"--sequence: {wishes.sequence} is more than the model's max_position_embeddings "
-            f"{config.max_position_embeddings}"
-        )
-    if wishes.expert is not None:
-        check_expert(config, wishes.expert)
-    if wishes.tensor is not None:
-        reason = _tensor_fault(config, wishes.tensor)
-        if reason:
-            raise UserError(f"--tensor: {wishes.tensor} {reason}")
-    if wishes.pipeline is not None and wishes.pipeline > config.num_hidden_layers:
-        raise UserError(
-            f"--pipeline: {wishes.pipeline} stages are more than the model's {config.num_hidden_layers} layers"
-        )
-    named = [(name, getattr(wishes, name)) for name in ("replicate", "shard", "tensor", "pipeline")]
-    given = [(name, number) for name, number in named if number is not None]
-    product = math.prod(number for _, number in given)
-    arithmetic = " × ".join(f"--{name} {number}" for name, number in given)
-    if wishes.gpus % product:
-        raise UserError(f"{arithmetic} = {product} does not divide --gpus {wishes.gpus}")
-    if len(given) == len(named) and product != wishes.gpus:
-        raise UserError(f"{arithmetic} = {product} is not --gpus {wishes.gpus}")
-    rank = wishes.adapters.rank if wishes.adapters else 1
-    if not 1 <= rank <= config.hidden_size:
-        raise UserError(
-            f"{'--qlora' if wishes.nf4 else '--lora'}: rank {rank} is not between 1 and {config.hidden_size}"
-        )
-
-
-def check_expert(config: ModelConfig, expert: int) -> None:
-    """Raises UserError where experts can't be spread over ``expert`` ranks."""
-    if config.moe is None:
-        raise UserError(f"--expert: {expert}, but this model has no experts")
-    if config.moe.n_routed_experts % expert:
-        raise UserError(
-            f"--expert: {expert} does not divide the model's n_routed_experts {config.moe.n_routed_experts}"
-        )
-
-
-def _tensor_fault(config: ModelConfig, tensor: int) -> str | None:
-    a, moe = config.attention, config.moe
-    sizes = {"num_attention_heads": a.num_attention_heads}
-    if a.kind == "mha":
-        sizes["num_key_value_heads"] = a.num_key_value_heads
-    sizes["vocab_size"] = config.vocab_size
-    dense = [i for i in range(config.num_hidden_layers) if not config.is_moe_layer(i)]
-    if dense:
-        sizes["intermediate_size"] = config.intermediate_size
-    if moe is not None:
-        sizes["moe_intermediate_size"] = moe.moe_intermediate_size
-    if tensor > NODE:
-        return f"is more than the {NODE} GPUs of a node"
-    return next((f"does not divide the model's {n} {size}" for n, size in sizes.items() if size % tensor), None)
-
-
-def layouts(config: ModelConfig, wishes: Wishes) -> Iterator[Layout]:
-    """Every layout that is possible, memory aside."""
-    moe = config.moe
-    for tensor in _choices(wishes.tensor, wishes.gpus, NODE):
-        if _tensor_fault(config, tensor):
-            continue
-        for pipeline in _choices(wishes.pipeline, wishes.gpus // tensor, config.num_hidden_layers, powers=True):
-            data = wishes.gpus // (tensor * pipeline)
-            if data * tensor * pipeline != wishes.gpus:
-                continue
-            if wishes.replicate is not None:
-                shards = [data // wishes.replicate] if data % wishes.replicate == 0 else []
-            else:
-                shards = _choices(wishes.shard, data, data)
-            experts = _choices(wishes.expert, data, moe.n_routed_experts if moe else 1)
-            for shard in shards:
-                if data % shard or (wishes.shard is not None and shard != wishes.shard):
-                    continue
-                for expert in experts:
-                    # What both divide: experts over the ranks of one, each share over what is left of the other.
-                    whole = max(shard, expert) % min(shard, expert) == 0
-                    if (moe is None or moe.n_routed_experts % expert == 0) and data % expert == 0 and whole:
-                        yield Layout(data // shard, shard, tensor, expert, pipeline)
-
-
-def _choices(wanted: int | None, number: int, most: int, powers: bool = False) -> list[int]:
-    if wanted is not None:
-        return [wanted] if number % wanted == 0 else []
-    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
-    divisors = sorted({d for low in small for d in (low, number // low) if d <= most})
-    many = powers or len(divisors) > 16
-    return [d for d in divisors if not many or d & (d - 1) == 0 or d == number]
 
 
 class Planner:
@@ -260,52 +93,81 @@ class Planner:
         self.config, self.wishes = config, wishes
         self.inventory = inventory or Inventory(config)
         self.sequence = wishes.sequence or min(4096, config.max_position_embeddings)
-        self.flops = training_flops(config, self.sequence, wishes.adapters)
-        self._memories: dict[TrainingSetup, TrainingMemory] = {}
+        self.flops = training_flops(self.inventory, self.sequence, wishes.adapters)
+        counts = count_flops(config, self.sequence)
+        self._forward = counts.forward + counts.mtp
+        self._depth = config.num_hidden_layers + config.mtp.num_nextn_predict_layers
+        self._moe_layers = sum(config.is_moe_layer(layer) for layer in range(self._depth))
+        self._states: dict[TrainingSetup, TrainingMemory] = {}
+        self._memories: dict[tuple[Layout, TrainingSetup], Memory] = {}
+        self._besides: dict[tuple[Layout, int], float] = {}
 
     def training(self) -> TrainingPlan:
         """The layout to train with. Raises UserError where nothing fits: what is too large, and what would fit."""
-        candidates = []
-        for layout in self._layouts():
-            if self._least(layout).total > self.wishes.usable:
-                continue
-            candidates += [(self.cost(layout, setup), layout, setup) for setup in self.setups(layout)]
+        possible = self.layouts()
+        candidates = [
+            (self.cost(layout, setup), layout, setup)
+            for layout in possible
+            if self._fits(layout)
+            for setup in self.setups(layout)
+        ]
         if not candidates:
-            raise UserError(self._why_nothing_fits())
+            least = min((self.memory(*pair) for layout in possible for pair in self._smallest(layout)), key=_total)
+            raise UserError(f"does not fit: {describe(least, self.wishes.usable)}; {what_would_fit(self)}")
         cheapest = min(cost for cost, _, _ in candidates)
         # Equal within 1%: by the number of doublings of that over the cheapest.
-        ordered = sorted(
-            candidates,
-            key=lambda c: (c[1].tensor, round(math.log(c[0] / cheapest) * 100), *_plainness(c[1], c[2])),
-        )
-        for cost, layout, setup in ordered:
-            memory = self.memory(layout, setup)
-            if memory.total <= self.wishes.usable:
-                overhead = cost / (self.flops / self.speed) - 1
-                return TrainingPlan(layout, setup, memory, self._why(layout, setup, memory), overhead)
-        raise UserError(self._why_nothing_fits())
+        candidates.sort(key=lambda c: (c[1].tensor, round(math.log(c[0] / cheapest) * 100), *_plainness(c[1], c[2])))
+        fitting = (c for c in candidates if self.memory(c[1], c[2]).total <= self.wishes.usable)
+        cost, layout, setup = next(fitting)
+        overhead = cost / (self.flops / self.speed) - 1
+        return TrainingPlan(layout, setup, self.memory(layout, setup), self._why(layout, setup), overhead)
+
+    def under(self, change: dict[str, Any]) -> Planner:
+        """The planner of the same wishes but for ``change``. Raises UserError as a new one does."""
+        return Planner(self.config, replace(self.wishes, **change), self.inventory)
+
+    def fits(self) -> bool:
+        """Whether there is a plan."""
+        found, few = self.layouts(), []
+        one = replace(next(self.setups(found[0])), accumulate=1)
+        if sum(self._state(one).state(Layout()).values()) > self.wishes.usable * self.wishes.gpus:
+            return False  # however it is divided
+        # With all else equal what is sharded further takes less, but for what gathering adds to what is not sharded.
+        by_rest: dict[tuple[int, int, int], list[int]] = {}
+        for layout in found:
+            by_rest.setdefault((layout.tensor, layout.expert, layout.pipeline), []).append(layout.shard)
+        for layout in found:
+            shards = by_rest[layout.tensor, layout.expert, layout.pipeline]
+            if layout.shard in (min(shards), max(shards), layout.expert):
+                few.append(layout)
+        return any(self._fits(layout) for layout in reversed(few))
+
+    @property
+    def peak(self) -> float:
+        """FLOP/s of a GPU, assumed where they are not known."""
+        return self.wishes.card.flops or ASSUMED_FLOPS
 
     @property
     def speed(self) -> float:
         """FLOP/s that a GPU's products come to."""
-        return (self.wishes.card.flops or _ASSUMED_FLOPS) * self.wishes.mfu
+        return self.peak * self.wishes.mfu
 
     def setups(self, layout: Layout) -> Iterator[TrainingSetup]:
         """Micro-batches and recomputation to try under ``layout``."""
         wishes = self.wishes
         if wishes.micro_batch is not None:
-            sizes: tuple[int, ...] = (wishes.micro_batch,)
+            batches: tuple[int, ...] = (wishes.micro_batch,)
         else:
-            sizes = tuple(n for n in _MICRO_BATCHES if n == 1 or n * self.sequence <= _ENOUGH_TOKENS)
-        for size in sizes:
+            batches = tuple(n for n in _MICRO_BATCHES if n == 1 or n * self.sequence <= _ENOUGH_TOKENS)
+        for batch in batches:
             accumulate = 1 if layout.pipeline == 1 else 4 * layout.pipeline
             if wishes.global_batch is not None:
-                accumulate, rest = divmod(wishes.global_batch, size * layout.data)
+                accumulate, rest = divmod(wishes.global_batch, batch * layout.data)
                 if rest or not accumulate:
                     continue
             for recompute in (False, True) if wishes.recompute is None else (wishes.recompute,):
                 yield TrainingSetup(
-                    micro_batch=size,
+                    micro_batch=batch,
                     sequence=self.sequence,
                     accumulate=accumulate,
                     dtype=wishes.dtype,
@@ -318,7 +180,9 @@ class Planner:
 
     def memory(self, layout: Layout, setup: TrainingSetup) -> Memory:
         """A GPU's memory."""
-        return self._memory(setup).of(layout)
+        if (layout, setup) not in self._memories:
+            self._memories[layout, setup] = self._state(setup).of(layout)
+        return self._memories[layout, setup]
 
     def cost(self, layout: Layout, setup: TrainingSetup) -> float:
         """GPU seconds a token, by the estimate that the module's docstring describes."""
@@ -326,11 +190,29 @@ class Planner:
         tokens, micro = setup.micro_batch * setup.sequence, setup.accumulate
         width = 2 if setup.dtype == "bfloat16" else 4
         share, vector = 1 / (layout.tensor * layout.pipeline), config.hidden_size * width
-        again = 0.5 if setup.adapters else 1 / 3
-        products = tokens * self.flops * share / self.speed * (1 + again * setup.recompute)
-        state = self._memory(setup)
+        products = tokens * (self.flops + self._forward * setup.recompute) * share / self.speed
         local = max(min(layout.expert, NODE // layout.tensor), 1)
-        beside = 0.0
+        beside = self._beside(layout, setup, local)
+        waits = 4 * self._depth * 2 * (layout.tensor - 1) / layout.tensor * vector / card.link
+        if config.moe is not None and layout.expert > 1:
+            nodes = layout.expert // local
+            chosen = config.moe.num_experts_per_tok
+            reached = min(chosen, nodes)
+            if config.moe.topk_method != "greedy" and config.moe.n_group > 1:
+                reached = min(reached, config.moe.topk_group)
+            inside = chosen * (local - 1) / local / card.link
+            waits += 4 * self._moe_layers * vector * (inside + reached * (nodes - 1) / nodes / NETWORK)
+        waits = tokens * waits / layout.pipeline
+        if layout.pipeline > 1:
+            waits += 2 * tokens * vector / NETWORK
+        seconds = (max(products, beside) + waits) * (micro + layout.pipeline - 1) / micro
+        return seconds / (tokens * share)
+
+    def _beside(self, layout: Layout, setup: TrainingSetup, local: int) -> float:
+        """Seconds a micro-batch of what is sent beside products; ``local`` expert ranks are in a node."""
+        if (layout, setup.accumulate) in self._besides:
+            return self._besides[layout, setup.accumulate]
+        card, state, beside = self.wishes.card, self._state(setup), 0.0
         for split, nbytes in state.gathered_bytes(layout).items():
             # Between nodes, the GPUs of a node that gather the same weights fetch a part each.
             different = {"expert": layout.tensor * local, "tensor": layout.tensor, "none": 1}[split]
@@ -339,31 +221,17 @@ class Planner:
             beside += nbytes * (2 if setup.adapters else 3) / rate
         if layout.replicate > 1:
             gradients = state.state(layout).get("gradients", 0)
-            beside += 2 * gradients / (card.link if layout.gpus <= NODE else NETWORK) / micro
-        layers = config.num_hidden_layers + config.mtp.num_nextn_predict_layers
-        moe_layers = sum(config.is_moe_layer(layer) for layer in range(layers))
-        waits = 4 * layers * 2 * (layout.tensor - 1) / layout.tensor * vector / card.link
-        if config.moe is not None and layout.expert > 1:
-            nodes = layout.expert // local
-            chosen = config.moe.num_experts_per_tok
-            reached = min(chosen, nodes)
-            if config.moe.topk_method != "greedy" and config.moe.n_group > 1:
-                reached = min(reached, config.moe.topk_group)
-            inside = chosen * (local - 1) / local / card.link
-            waits += 4 * moe_layers * vector * (inside + reached * (nodes - 1) / nodes / NETWORK)
-        waits = tokens * waits / layout.pipeline
-        if layout.pipeline > 1:
-            waits += 2 * tokens * vector / NETWORK
-        seconds = (max(products, beside) + waits) * (micro + layout.pipeline - 1) / micro
-        return seconds / (tokens * share)
+            beside += 2 * gradients / (card.link if layout.gpus <= NODE else NETWORK) / setup.accumulate
+        self._besides[layout, setup.accumulate] = beside
+        return beside
 
-    def _layouts(self) -> list[Layout]:
+    def layouts(self) -> list[Layout]:
+        """All that are possible, memory aside. Raises UserError where there are none."""
         found = list(layouts(self.config, self.wishes))
         usable = [layout for layout in found if any(True for _ in self.setups(layout))]
         wishes = self.wishes
         if not found:
-            wanted = {name: getattr(wishes, name) for name in ("replicate", "shard", "tensor", "expert", "pipeline")}
-            said = " ".join(f"--{name} {number}" for name, number in wanted.items() if number is not None)
+            said = " ".join(f"--{axis} {number}" for axis, number in wishes.layout.items())
             raise UserError(f"{said}: no layout of {wishes.gpus} GPUs has them; expert must divide replicate × shard")
         if not usable:
             ranks = sorted({layout.data for layout in found})
@@ -373,147 +241,59 @@ class Planner:
             )
         return usable
 
-    def _memory(self, setup: TrainingSetup) -> TrainingMemory:
-        if setup not in self._memories:
-            self._memories[setup] = TrainingMemory(self.inventory, setup)
-        return self._memories[setup]
+    def _state(self, setup: TrainingSetup) -> TrainingMemory:
+        if setup not in self._states:
+            self._states[setup] = TrainingMemory(self.inventory, setup)
+        return self._states[setup]
 
-    def _least(self, layout: Layout) -> Memory:
-        """The least that ``layout`` can take."""
-        options = list(self.setups(layout))
-        smallest = min(options, key=lambda setup: (setup.micro_batch, not setup.recompute))
-        return self.memory(layout, smallest)
+    def _smallest(self, layout: Layout) -> Iterator[tuple[Layout, TrainingSetup]]:
+        """What takes the least under ``layout``: the smallest micro-batch, for each number of them; whether it is
+        better recomputed has to be tried."""
+        smallest: dict[tuple[int, bool], TrainingSetup] = {}
+        for setup in self.setups(layout):
+            smallest.setdefault((setup.accumulate, setup.recompute), setup)
+        for setup in sorted(smallest.values(), key=lambda setup: not setup.recompute):
+            yield layout, setup
 
-    def _why(self, layout: Layout, setup: TrainingSetup, memory: Memory) -> list[str]:
-        usable, out = self.wishes.usable, []
-        alone = sum(self._memory(setup).state(Layout()).values())
+    def _fits(self, layout: Layout) -> bool:
+        return any(self.memory(*pair).total <= self.wishes.usable for pair in self._smallest(layout))
+
+    def _why(self, layout: Layout, setup: TrainingSetup) -> list[str]:
+        usable, out, memory = self.wishes.usable, [], self.memory(layout, setup)
+        alone = sum(self._state(setup).state(Layout()).values())
         what = "weights and adapters" if setup.adapters else "weights, gradients and optimizer"
-        if layout.gpus > 1:
-            verb = "would fit on one GPU" if alone <= usable else "do not fit on one GPU"
-            spread = _spread(layout)
-            out.append(f"{what} {verb} ({_gb(alone)} of {_gb(usable)} GB)")
-            out.append(f"so they are {spread}" if alone > usable else spread)
+        room = f"on one GPU ({size(alone)} of {size(usable)})"
+        if layout.gpus == 1:
+            out.append(f"{what} fit {room}")
+        elif alone > usable:
+            out += [f"{what} do not fit {room}", f"so the work is split: {_spread(layout)}"]
         else:
-            out.append(f"{what} fit on one GPU ({_gb(alone)} of {_gb(usable)} GB)")
+            out += [f"{what} would fit {room}", _spread(layout)]
         if setup.recompute:
             plain = self.memory(layout, replace(setup, recompute=False))
             held, kept = plain.by_term["activations"], memory.by_term["activations"]
             asked = ", as asked for" if plain.total <= usable else ""
             out.append(
-                f"recompute{asked}: else activations take {_gb(held)} GB, not {_gb(kept)} ({_gb(plain.total)} in all)"
+                f"recompute{asked}: else activations take {size(held)}, not {size(kept)} ({size(plain.total)} in all)"
+            )
+        more = self.memory(layout, replace(setup, accumulate=2)).total if setup.accumulate == 1 else memory.total
+        if more > memory.total:
+            verdict = "" if more <= usable else ", too much"
+            out.append(
+                f"one micro-batch a step; with more of them +{size(more - memory.total)} "
+                f"({size(more)}{verdict}): their gradients are summed in FP32"
             )
         return out
 
-    def _why_nothing_fits(self) -> str:
-        memory = min((self._least(layout) for layout in self._layouts()), key=lambda m: m.total)
-        term, nbytes = max(memory.by_term.items(), key=lambda item: item[1])
-        return (
-            f"does not fit: {_gb(memory.total)} GB a GPU at least, {_gb(self.wishes.usable)} GB for use; the largest "
-            f"term is {term}, {_gb(nbytes)} GB; {self._what_would_fit()}"
-        )
 
-    def _what_would_fit(self) -> str:
-        wishes, would = self.wishes, []
-        free = replace(wishes, replicate=None, shard=None, tensor=None, expert=None, pipeline=None)
-        if free != wishes and self._fits(free):
-            would.append("another layout")
-        if wishes.recompute is False and self._fits(replace(wishes, recompute=None)):
-            would.append("--recompute")
-        if (wishes.micro_batch or 1) > 1 and self._fits(replace(wishes, micro_batch=1)):
-            would.append("--micro-batch 1")
-        if wishes.state != "8bit" and self._fits(replace(wishes, state="8bit")):
-            would.append("--state 8bit")
-        if not wishes.nf4 and wishes.dtype == "bfloat16":
-            rank = Adapters(16)
-            if wishes.adapters is None and self._fits(replace(wishes, adapters=rank)):
-                would.append("--lora 16")
-            if self._fits(replace(wishes, adapters=wishes.adapters or rank, nf4=True)):
-                would.append(f"--qlora {(wishes.adapters or rank).rank}")
-        gpus = next((g for k in range(1, 9) if self._fits(replace(free, gpus=(g := wishes.gpus * 2**k)))), None)
-        if gpus is not None:
-            would.append(f"{gpus} GPUs")
-        if not would:
-            shorter = next(
-                (s for k in range(1, 7) if self._fits(replace(free, sequence=(s := self.sequence >> k)))), None
-            )
-            would += [f"--sequence {shorter}"] if shorter else []
-        return "would fit: " + ", or ".join(would) if would else "nothing that this plan knows would fit"
+def _total(memory: Memory) -> int:
+    return memory.total
 
-    def _fits(self, wishes: Wishes) -> bool:
-        try:
-            other = Planner(self.config, replace(wishes, global_batch=None), self.inventory)
-            return any(other._least(layout).total <= wishes.usable for layout in other._layouts())
-        except UserError:
-            return False
 
-    def inference(
-        self,
-        *,
-        precision: Precision = "bf16",
-        batch: int = 1,
-        context: int | None = None,
-        chunk: int = 2048,
-        cache_width: int = 2,
-    ) -> InferencePlan:
-        """The smallest group of GPUs that serves ``batch`` sequences of ``context`` tokens. Raises UserError."""
-        wishes, longest = self.wishes, self.config.max_position_embeddings
-        for name, number in (("batch", batch), ("context", context), ("chunk", chunk)):
-            if number is not None and number < 1:
-                raise UserError(f"--{name}: {number} is not at least 1")
-        if context is not None and context > longest:
-            raise UserError(f"--context: {context} is more than the model's max_position_embeddings {longest}")
-        context = context or min(4096, longest)
-
-        def memory(tensor: int, expert: int, batch: int, context: int) -> Memory:
-            return inference_memory(
-                self.inventory,
-                precision=precision,
-                batch=batch,
-                context=context,
-                chunk=chunk,
-                tensor=tensor,
-                expert=expert,
-                cache_width=cache_width,
-            )
-
-        def most(tensor: int, expert: int, context: int) -> int:
-            """Sequences of ``context`` tokens that fit."""
-            low, high = 0, 1
-            while memory(tensor, expert, high, context).total <= wishes.usable and high < 2**24:
-                low, high = high, 2 * high
-            while high - low > 1:
-                middle = (low + high) // 2
-                fits = memory(tensor, expert, middle, context).total <= wishes.usable
-                low, high = (middle, high) if fits else (low, middle)
-            return low
-
-        groups = [(t, e) for t, e in self._groups() if wishes.gpus % (t * e) == 0]
-        if not groups:
-            raise UserError(f"--tensor and --expert: no group of at most {wishes.gpus} GPUs has them")
-        sized = sorted(
-            groups, key=lambda group: (group[0] * group[1], memory(group[0], group[1], batch, context).total)
-        )
-        for tensor, expert in sized:
-            held = memory(tensor, expert, batch, context)
-            if held.total <= wishes.usable:
-                contexts = sorted({c for c in (4096, 32768, longest, context) if c <= longest})
-                return InferencePlan(tensor, expert, held, {c: most(tensor, expert, c) for c in contexts})
-        best = min((memory(t, e, batch, context) for t, e in groups), key=lambda m: m.total)
-        term, nbytes = max(best.by_term.items(), key=lambda item: item[1])
-        raise UserError(
-            f"inference does not fit: {_gb(best.total)} GB a GPU at least for {batch} × {context:,} tokens, "
-            f"{_gb(wishes.usable)} GB for use; the largest term is {term}, {_gb(nbytes)} GB; more GPUs, "
-            f"{'fewer bits (--weights)' if term == 'weights' else 'a smaller --batch or --context'} would help"
-        )
-
-    def _groups(self) -> Iterator[tuple[int, int]]:
-        """(tensor, expert) of groups of GPUs that can serve together."""
-        wishes, moe = self.wishes, self.config.moe
-        for tensor in _choices(wishes.tensor, wishes.gpus, NODE):
-            if _tensor_fault(self.config, tensor) is None:
-                for expert in _choices(wishes.expert, wishes.gpus // tensor, moe.n_routed_experts if moe else 1):
-                    if moe is None or moe.n_routed_experts % expert == 0:
-                        yield tensor, expert
+def describe(memory: Memory, usable: float) -> str:
+    """What of ``memory`` is too much."""
+    term, nbytes = max(memory.by_term.items(), key=lambda item: item[1])
+    return f"{size(memory.total)} a GPU at least, {size(usable)} for use; the largest term is {term}, {size(nbytes)}"
 
 
 def _plainness(layout: Layout, setup: TrainingSetup) -> tuple[int, ...]:
@@ -523,17 +303,13 @@ def _plainness(layout: Layout, setup: TrainingSetup) -> tuple[int, ...]:
 def _spread(layout: Layout) -> str:
     parts = []
     if layout.shard > 1:
-        parts.append(f"sharded over {layout.shard}")
+        parts.append(f"sharded over {layout.shard:,}")
     if layout.expert > 1:
-        parts.append(f"experts over {layout.expert}")
+        parts.append(f"experts over {layout.expert:,}")
     if layout.tensor > 1:
         parts.append(f"heads and widths over {layout.tensor}")
     if layout.pipeline > 1:
-        parts.append(f"layers in {layout.pipeline} stages")
+        parts.append(f"layers over {layout.pipeline} stages")
     if layout.replicate > 1:
-        parts.append(f"{layout.replicate} replicas")
+        parts.append(f"{layout.replicate:,} replicas, each with its own part of the batch")
     return ", ".join(parts)
-
-
-def _gb(nbytes: float) -> str:
-    return f"{nbytes / 1e9:,.1f}" if nbytes >= 1e9 else f"{nbytes / 1e9:.3f}"

@@ -12,9 +12,11 @@ from dataclasses import dataclass
 
 from abyssal.analysis.cards import CARDS
 from abyssal.analysis.flops import count_flops
-from abyssal.analysis.memory import Inventory, Layout, TrainingMemory, TrainingSetup, inference_memory
+from abyssal.analysis.inventory import Inventory
+from abyssal.analysis.memory import Layout, TrainingMemory, TrainingSetup
 from abyssal.analysis.parameters import count_parameters
 from abyssal.analysis.plan import gpu_seconds
+from abyssal.analysis.serving import Group, InferenceMemory, Serving
 from abyssal.config import preset
 
 
@@ -62,10 +64,11 @@ def _share(model: str, other: str) -> float:
 
 
 def _inference(model: str) -> float:
-    return inference_memory(Inventory(preset(model)), batch=1, context=4096).total / 1e9
+    return InferenceMemory(Inventory(preset(model)), Serving()).of(Group(), 1, 4096).total / 1e9
 
 
 def _zero3(model: str) -> float:
+    """Of one GPU; with several micro-batches a step gradients are summed in FP32, and it is 41.3 GB for MoE-16B."""
     setup = TrainingSetup(1, 4096, recompute=True)
     return TrainingMemory(Inventory(preset(model)), setup).of(Layout(shard=8)).total / 1e9
 
@@ -86,6 +89,7 @@ def _cached(model: str) -> float:
 
 
 _V1, _LARGE, _V2, _V3 = "deepseek-moe-16b", "deepseek-llm-7b", "deepseek-v2", "deepseek-v3"
+_QUOTED = "widely quoted"
 _PAPER, _README = "arXiv 2401.06066", "README of DeepSeek-MoE"
 FIGURES = (
     Figure(_V1, "parameters", 16.4, "B", _PAPER, lambda: _parameters(_V1)),
@@ -94,7 +98,9 @@ FIGURES = (
     Figure(_V1, "  of DeepSeek 7B's", 40.5, "%", _PAPER, lambda: _share(_V1, _LARGE)),
     Figure(_V1, "  of LLaMA2 7B's", 39.6, "%", _PAPER, lambda: _share(_V1, "llama2-7b")),
     Figure(_V1, "inference on one GPU, BF16, 4K tokens", 40, "GB", _README, lambda: _inference(_V1), at_most=True),
-    Figure(_V1, "full training on 8, ZeRO-3, a GPU", 40, "GB", "widely quoted", lambda: _zero3(_V1), at_most=True),
+    Figure(
+        _V1, "full training on 8, ZeRO-3, one micro-batch a step", 40, "GB", _QUOTED, lambda: _zero3(_V1), at_most=True
+    ),
     Figure(_LARGE, "FLOPs of training on 4K tokens", 183.5, "T", _PAPER, lambda: _flops(_LARGE)),
     Figure("llama2-7b", "FLOPs of training on 4K tokens", 187.9, "T", _PAPER, lambda: _flops("llama2-7b")),
     Figure(_V2, "parameters", 236, "B", "arXiv 2405.04434", lambda: _parameters(_V2)),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import textwrap
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -12,11 +15,15 @@ from abyssal.cli.loaded import find_config
 if TYPE_CHECKING:
     from abyssal.analysis.activations import Adapters
     from abyssal.analysis.cards import Card
-    from abyssal.analysis.plan import InferencePlan, Planner, TrainingPlan
+    from abyssal.analysis.layouts import Wishes
+    from abyssal.analysis.plan import Planner, TrainingPlan
+    from abyssal.analysis.published_figures import Figure
+    from abyssal.analysis.serving import Group, InferencePlan
     from abyssal.config import ModelConfig
 
 
 def plan_command(
+    ctx: typer.Context,
     model: Annotated[str, typer.Argument(help="A preset, a config.json or its folder, a run, or a name on the hub.")],
     gpus: Annotated[int, typer.Option(metavar="N", help="How many GPUs there are.")] = 1,
     gpu: Annotated[
@@ -80,16 +87,24 @@ def plan_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Plan memory, parallel layout, time and cost before building a model. Takes no memory for weights."""
-    from abyssal.analysis.plan import Planner, Wishes, parse_count
+    from abyssal.analysis.inventory import Inventory
+    from abyssal.analysis.layouts import Wishes
+    from abyssal.analysis.plan import Planner
+    from abyssal.analysis.serving import InferencePlanner, Serving
+    from abyssal.analysis.units import parse_count
     from abyssal.errors import UserError
 
-    if published and not (gpu or gpu_memory):
-        _show_published(model, as_json)
+    sources = {name: ctx.get_parameter_source(name) for name in ctx.params}
+    given = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+    figures = _published(model) if published else []
+    if published and given <= {"model", "published", "as_json"}:
+        _show_published(model, figures, as_json)
         return
+    _check_options(given)
     card = _card(gpu, gpu_memory, gpu_tflops)
     amount = None if tokens is None else parse_count(tokens, "--tokens")
-    if gpu_hour is not None and not gpu_hour >= 0:
-        raise UserError(f"--gpu-hour: {gpu_hour:g} is not 0 or more")
+    if gpu_hour is not None and not 0 <= gpu_hour < math.inf:
+        raise UserError(f"--gpu-hour: {gpu_hour:g} is not a price of 0 or more")
     config = find_config(model)
     wishes = Wishes(
         gpus=gpus,
@@ -111,42 +126,74 @@ def plan_command(
         adapters=_adapters(lora, qlora, adapt),
         nf4=qlora is not None,
     )
-    planner = Planner(config, wishes)
-    training = None if inference else planner.training()
     precision = weights or ("fp8" if config.published.get("quantization_config") else "bf16")
-    served: InferencePlan | None = None
-    fault = None
-    try:
-        width = {"fp8": 1, "bf16": 2, "fp32": 4}[cache]
-        if not inference:  # the layout that was asked for is training's
-            planner = Planner(config, Wishes(gpus, card, reserve, mfu), planner.inventory)
-        served = planner.inference(precision=precision, batch=batch, context=context, chunk=chunk, cache_width=width)
-    except UserError as error:
-        if inference:
-            raise
-        fault = str(error)
-    context = context or min(4096, config.max_position_embeddings)
-    if as_json:
-        _print_json(model, config, wishes, training, served, fault, amount, gpu_hour)
-        return
-    _show_header(model, config, wishes, planner)
-    if training is not None:
-        _show_training(training, wishes, config, amount, gpu_hour)
-    if served is not None:
-        _show_inference(served, precision, cache, batch, context)
+    serving = Serving(precision, batch, context, chunk, cache)
+    inventory = Inventory(config)
+    out = Findings(model, wishes, amount, gpu_hour, figures)
+    if inference:
+        out.served = InferencePlanner(inventory, wishes, serving).plan()
     else:
-        from abyssal.cli.show import say
+        out.planner = Planner(config, wishes, inventory)
+        out.training = out.planner.training()
+        try:  # the layout that was asked for is training's
+            out.served = InferencePlanner(inventory, Wishes(gpus, card, reserve), serving).plan()
+        except UserError as error:
+            out.fault = str(error)
+    if as_json:
+        _print_json(out)
+    else:
+        _show(out, config)
 
-        say(f"\n{fault}")
-    if published:
-        _show_published(model, False)
+
+_TRAINING_ONLY = (
+    *("tokens", "mfu", "gpu_hour", "gpu_tflops", "sequence", "micro_batch", "global_batch", "replicate", "shard"),
+    *("pipeline", "recompute", "optimizer", "state", "dtype", "lora", "qlora", "adapt"),
+)
+
+
+def _check_options(given: set[str]) -> None:
+    """Raises UserError for options that would have no effect."""
+    from abyssal.errors import UserError
+
+    def option(name: str) -> str:
+        return f"--{name.replace('_', '-')}"
+
+    if "inference" in given and (idle := [option(name) for name in _TRAINING_ONLY if name in given]):
+        raise UserError(f"{', '.join(idle)}: no effect with --inference, which plans no training")
+    if "gpu_hour" in given and "tokens" not in given:
+        raise UserError("--gpu-hour: no effect without --tokens, which say how long it takes")
+    if "adapt" in given and not given & {"lora", "qlora"}:
+        raise UserError("--adapt: no effect without --lora or --qlora")
+
+
+@dataclass
+class Findings:
+    """All that was planned, to be shown."""
+
+    model: str
+    wishes: Wishes
+    tokens: float | None
+    price: float | None
+    figures: list[Figure]
+    planner: Planner | None = None
+    training: TrainingPlan | None = None
+    served: InferencePlan | None = None
+    fault: str | None = None
+
+    def seconds(self) -> float:
+        """Of one GPU, for all tokens."""
+        from abyssal.analysis.plan import gpu_seconds
+
+        assert self.planner is not None
+        assert self.tokens is not None
+        return gpu_seconds(self.tokens, self.planner.flops, self.planner.peak, self.wishes.mfu)
 
 
 def _card(name: str | None, memory: str | None, teraflops: float | None) -> Card:
     from dataclasses import replace
 
     from abyssal.analysis.cards import CARDS, Card
-    from abyssal.analysis.plan import parse_bytes
+    from abyssal.analysis.units import parse_bytes
     from abyssal.errors import UserError, nearest
 
     if name is None and memory is None:
@@ -175,26 +222,42 @@ def _adapters(lora: int | None, qlora: int | None, parts: str) -> Adapters | Non
     return None if rank is None else Adapters(rank, names)
 
 
-def _show_header(model: str, config: ModelConfig, wishes: Any, planner: Planner) -> None:
+def _show(found: Findings, config: ModelConfig) -> None:
+    from abyssal.cli.show import say
+
+    _show_header(found, config)
+    if found.training is not None:
+        _show_training(found, found.training)
+    if found.served is not None:
+        _show_inference(found.served, found.wishes)
+    else:
+        say(f"\n{found.fault}")
+    if found.figures:
+        _show_published(found.model, found.figures, False)
+
+
+def _show_header(found: Findings, config: ModelConfig) -> None:
+    from abyssal.analysis.inventory import Unfilled
     from abyssal.analysis.parameters import count_parameters
+    from abyssal.analysis.units import size
     from abyssal.cli.show import console
 
-    counts = count_parameters(config)
+    with Unfilled():
+        counts = count_parameters(config)
     mtp = f" + {_count(counts.mtp)} MTP" if counts.mtp else ""
-    card = wishes.card
-    name = "GPU" if card.name == "GPU" else card.name
+    card, wishes = found.wishes.card, found.wishes
     console.print(
-        f"[bold]{escape(model)}[/bold]: {_count(counts.total)} parameters{mtp}, {_count(counts.active)} active a token"
+        f"[bold]{escape(found.model)}[/bold]: {_count(counts.total)} parameters{mtp}, "
+        f"{_count(counts.active)} active a token"
     )
     console.print(
-        f"{wishes.gpus:,} × {name} of {_gb(card.memory)} GB, {_gb(wishes.usable)} for use (reserve "
+        f"{wishes.gpus:,} × {card.name} of {size(card.memory)}, {size(wishes.usable)} for use (reserve "
         f"{wishes.reserve:.0%}); GB are 10^9 bytes"
     )
 
 
-def _show_training(
-    plan: TrainingPlan, wishes: Any, config: ModelConfig, tokens: float | None, price: float | None
-) -> None:
+def _show_training(found: Findings, plan: TrainingPlan) -> None:
+    from abyssal.analysis.units import plural
     from abyssal.cli.show import console, say, show_table, table
 
     setup, layout, memory = plan.setup, plan.layout, plan.memory
@@ -208,84 +271,103 @@ def _show_training(
     for term, nbytes in memory.by_term.items():
         note = f" ({notes[term]})" if term in notes else ""
         out.add_row(f"{term}{note}", _gb(nbytes), f"{nbytes / memory.total:.1%}")
-    out.add_row("[bold]total[/bold]", f"[bold]{_gb(memory.total)}[/bold]", f"of {_gb(wishes.usable)}")
+    out.add_row("[bold]total[/bold]", f"[bold]{_gb(memory.total)}[/bold]", f"of {_gb(found.wishes.usable)}")
     show_table(out)
     out = table("\nactivations, by what is kept", "\nGB")
     for term, nbytes in sorted(memory.activations.items(), key=lambda item: -item[1]):
         out.add_row(term, _gb(nbytes))
     show_table(out)
     axes = ("replicate", "shard", "tensor", "pipeline")
-    product = " × ".join(f"{axis} {getattr(layout, axis)}" for axis in axes if getattr(layout, axis) > 1)
+    product = " × ".join(f"{axis} {getattr(layout, axis):,}" for axis in axes if getattr(layout, axis) > 1)
     experts = f"; expert {layout.expert}" if layout.expert > 1 else ""
     console.print("\n[bold]layout[/bold]: " + (f"{product} = {layout.gpus:,} GPUs{experts}" if product else "one GPU"))
     passes = f" × {setup.accumulate:,} micro-batches" if setup.accumulate > 1 else ""
     say(
-        f"batch:  {setup.micro_batch:,} × {setup.sequence:,} tokens a GPU{passes}; a step is {plan.global_batch:,} "
-        f"sequences, {_count(plan.global_batch * setup.sequence)} tokens"
+        f"batch:  {setup.micro_batch:,} × {setup.sequence:,} tokens a GPU{passes}; a step is "
+        f"{plural(plan.global_batch, 'sequence')}, {_count(plan.global_batch * setup.sequence)} tokens"
     )
-    for reason in plan.why:
-        say(f"why:    {reason}")
-    if plan.overhead >= 0.005:
-        say(f"why:    the cheapest that fits, by estimate: {plan.overhead:.0%} over what products alone take")
-    _show_time(wishes, config, plan, tokens, price)
+    reasons = [*plan.why]
+    if layout.gpus > 1:
+        reasons.append(
+            "of all that fits it has the least tensor parallelism, then the least waiting by an estimate, "
+            "which ranks layouts and is no part of the time"
+        )
+    for reason in reasons:
+        say(textwrap.fill(reason, 84, initial_indent="why:    ", subsequent_indent=" " * 8))
+    _show_time(found)
 
 
-def _show_time(wishes: Any, config: ModelConfig, plan: TrainingPlan, tokens: float | None, price: float | None) -> None:
+def _show_time(found: Findings) -> None:
     from abyssal.cli.show import say
 
-    if tokens is None:
-        return
-    seconds, flops = _seconds(wishes, config, plan, tokens)
-    if seconds is None:
-        say("time:   not without the GPU's speed (--gpu NAME or --gpu-tflops)")
-        return
-    hours = seconds / 3600
-    say(
-        f"time:   {_duration(seconds / wishes.gpus)}, {_number(hours)} GPU hours for {_count(tokens)} tokens\n"
-        f"        ({_flop(flops)} a token, {wishes.card.flops / 1e12:,.0f} TFLOP/s at {wishes.mfu:.1%} MFU)"
-    )
-    if price is not None:
-        say(f"cost:   {_number(hours * price)} at {price:g} a GPU hour")
+    assert found.planner is not None
+    wishes, tokens, peak = found.wishes, found.tokens, f"{found.planner.peak / 1e12:,.4g} TFLOP/s"
+    assumed = "an assumed " if wishes.card.flops is None else ""
+    if tokens is not None:
+        seconds, flops = found.seconds(), found.planner.flops
+        say(
+            f"FLOPs:  {flops * tokens:.3g} = {flops / 1e9:.4g} GFLOP a token for {_count(tokens)} tokens\n"
+            f"time:   {_duration(seconds / wishes.gpus)}, {_number(seconds / 3600)} GPU hours, "
+            f"at {wishes.mfu:.1%} MFU of {assumed}{peak}"
+        )
+        if found.price is not None:
+            say(f"cost:   {_number(seconds / 3600 * found.price)} at {found.price:g} a GPU hour")
+    assumptions = [peak] if wishes.card.flops is None else []
+    if wishes.card.name == "GPU" and wishes.gpus > 1:
+        assumptions.append(f"links of {wishes.card.link / 1e9:g} GB/s in a node")
+    if assumptions:
+        better = "--gpu NAME or --gpu-tflops" if wishes.card.flops is None else "--gpu NAME"
+        say(f"speed:  {' and '.join(assumptions)} assumed,\n        for the choice of layout too; {better} says better")
 
 
-def _seconds(wishes: Any, config: ModelConfig, plan: TrainingPlan, tokens: float) -> tuple[float | None, float]:
-    from abyssal.analysis.plan import gpu_seconds, training_flops
-
-    flops = training_flops(config, plan.setup.sequence, plan.setup.adapters)
-    speed = wishes.card.flops
-    return None if speed is None else gpu_seconds(tokens, flops, speed, wishes.mfu), flops
-
-
-def _show_inference(plan: InferencePlan, precision: str, cache: str, batch: int, context: int) -> None:
+def _show_inference(plan: InferencePlan, wishes: Wishes) -> None:
+    from abyssal.analysis.units import plural
     from abyssal.cli.show import say, show_table, table
 
-    out = table("\ninference, a GPU" + (f" of {plan.gpus}" if plan.gpus > 1 else ""), "\nGB")
-    notes = {"weights": precision.upper(), "cache": f"{cache.upper()}, {batch:,} × {context:,} tokens"}
+    serving, group = plan.serving, plan.group
+    assert serving.context is not None
+    out = table("\ninference, a GPU" + (f" of {group.gpus}" if group.gpus > 1 else ""), "\nGB")
+    amount = f"{serving.batch:,} × {plural(serving.context, 'token')}"
+    notes = {"weights": serving.precision.upper(), "cache": f"{serving.cache.upper()}, {amount}"}
     for term, nbytes in plan.memory.by_term.items():
         out.add_row(f"{term} ({notes[term]})" if term in notes else term, _gb(nbytes))
     out.add_row("[bold]total[/bold]", f"[bold]{_gb(plan.memory.total)}[/bold]")
     show_table(out)
-    room = ", ".join(f"{count:,} of {length:,}" for length, count in plan.fits.items())
-    say(
-        "layout: " + (f"tensor {plan.tensor} × expert {plan.expert} = {plan.gpus} GPUs" if plan.gpus > 1 else "one GPU")
-    )
-    say(f"fits:   sequences of so many tokens: {room}")
+    say("layout: " + _group(group) + (f" = {group.gpus:,} GPUs" if group.gpus > 1 else ""))
+    say(f"fits:   at most, on {'all ' if wishes.gpus > 1 else ''}{plural(wishes.gpus, 'GPU')}:")
+    for room in plan.rooms:
+        how = f" ({_group(room.group)})" if wishes.gpus > 1 and room.sequences else ""
+        say(f"        {plural(room.sequences, 'sequence')} of {plural(room.context, 'token')}{how}")
 
 
-def _show_published(model: str, as_json: bool) -> None:
-    import json
+def _group(group: Group) -> str:
+    together = f"tensor {group.tensor} × expert {group.expert}" if group.tensor * group.expert > 1 else "one GPU"
+    return f"{group.replicas:,} times {together}" if group.replicas > 1 else together
 
+
+def _published(model: str) -> list[Figure]:
     from abyssal.analysis.published_figures import FIGURES, figures_of
-    from abyssal.cli.show import show_table, table
     from abyssal.errors import UserError
 
     figures = figures_of(model)
     if not figures:
         known = ", ".join(dict.fromkeys(figure.model for figure in FIGURES))
         raise UserError(f"--published: none are kept for {model!r}; there are for {known}")
+    return figures
+
+
+def _as_data(figures: list[Figure]) -> list[dict[str, Any]]:
+    keys = ("what", "published", "unit", "source", "at_most")
+    return [{key: getattr(figure, key) for key in keys} | {"ours": figure.ours()} for figure in figures]
+
+
+def _show_published(model: str, figures: list[Figure], as_json: bool) -> None:
+    import json
+
+    from abyssal.cli.show import show_table, table
+
     if as_json:
-        keys = ("what", "published", "unit", "source", "at_most")
-        print(json.dumps([{key: getattr(f, key) for key in keys} | {"ours": f.ours()} for f in figures], indent=2))
+        print(json.dumps(_as_data(figures), indent=2))
         return
     out = table(f"\n{escape(model)}", "\npublished", "\nours", "")
     out.columns[3].justify = "left"
@@ -296,52 +378,64 @@ def _show_published(model: str, as_json: bool) -> None:
     show_table(out)
 
 
-def _print_json(
-    model: str,
-    config: ModelConfig,
-    wishes: Any,
-    training: TrainingPlan | None,
-    served: InferencePlan | None,
-    fault: str | None,
-    tokens: float | None,
-    price: float | None,
-) -> None:
+def _print_json(found: Findings) -> None:
     import json
     from dataclasses import asdict
 
+    wishes = found.wishes
     data: dict[str, Any] = {
-        "model": model,
+        "model": found.model,
         "gpus": wishes.gpus,
         "gpu": {"name": wishes.card.name, "bytes": wishes.card.memory, "flops": wishes.card.flops},
         "usable_bytes": wishes.usable,
     }
-    if training is not None:
-        data["training"] = {
-            "bytes": {"total": training.memory.total, **training.memory.by_term},
-            "activations": training.memory.activations,
-            "layout": {**asdict(training.layout), "gpus": training.layout.gpus},
-            "setup": asdict(training.setup),
-            "global_batch": training.global_batch,
-            "why": training.why,
-            "estimated_overhead": training.overhead,
-        }
-        if tokens is not None:
-            seconds, flops = _seconds(wishes, config, training, tokens)
-            hours = None if seconds is None else seconds / 3600
-            cost = None if hours is None or price is None else hours * price
-            data["training"] |= {"tokens": tokens, "flops_per_token": flops, "mfu": wishes.mfu}
-            data["training"] |= {"gpu_hours": hours, "cost": cost}
-    if served is not None:
+    if found.training is not None:
+        data["training"] = _training_data(found, found.training)
+    if found.served is not None:
+        plan = found.served
         data["inference"] = {
-            "bytes": {"total": served.memory.total, **served.memory.by_term},
-            "tensor": served.tensor,
-            "expert": served.expert,
-            "gpus": served.gpus,
-            "sequences_by_context": served.fits,
+            "bytes": {"total": plan.memory.total, **plan.memory.by_term},
+            **asdict(plan.serving),
+            "layout": {**asdict(plan.group), "gpus": plan.group.gpus},
+            "fits": [asdict(room) for room in plan.rooms],
         }
-    elif fault is not None:
-        data["inference"] = {"error": fault}
+    elif found.fault is not None:
+        data["inference"] = {"error": found.fault}
+    if found.figures:
+        data["published"] = _as_data(found.figures)
     print(json.dumps(data, indent=2))
+
+
+def _training_data(found: Findings, plan: TrainingPlan) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    assert found.planner is not None
+    wishes = found.wishes
+    data: dict[str, Any] = {
+        "bytes": {"total": plan.memory.total, **plan.memory.by_term},
+        "activations": plan.memory.activations,
+        "layout": {**asdict(plan.layout), "gpus": plan.layout.gpus},
+        "setup": asdict(plan.setup),
+        "global_batch": plan.global_batch,
+        "why": plan.why,
+        "estimated_overhead": plan.overhead,
+        "flops_per_token": found.planner.flops,
+        "peak_flops": found.planner.peak,
+        "peak_is_assumed": wishes.card.flops is None,
+        "link": wishes.card.link,
+        "link_is_assumed": wishes.card.name == "GPU",
+        "mfu": wishes.mfu,
+    }
+    if found.tokens is not None:
+        seconds = found.seconds()
+        data |= {
+            "tokens": found.tokens,
+            "flops": found.tokens * found.planner.flops,
+            "gpu_hours": seconds / 3600,
+            "seconds": seconds / wishes.gpus,
+            "cost": None if found.price is None else seconds / 3600 * found.price,
+        }
+    return data
 
 
 def _gb(nbytes: float) -> str:
@@ -357,10 +451,6 @@ def _count(number: float) -> str:
 
 def _number(number: float) -> str:
     return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
-
-
-def _flop(flops: float) -> str:
-    return f"{flops / 1e9:.4g} GFLOP"
 
 
 def _duration(seconds: float) -> str:
