@@ -478,7 +478,7 @@ from abyssal.cli import main
 os.close(os.open(os.ttyname(0), os.O_RDWR))
 real = Engine.step
 def step(self):
-    (sequence,) = self.waiting
+    (sequence,) = self.scheduler.waiting
     said = self.tokenizer.encode("as I was sayin")
     if len(sequence.new) == len(said):
         Engine.step = real
