@@ -6,13 +6,12 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 import torch
 
 from abyssal import hub
 from abyssal.checkpoint import load_model
-from abyssal.checkpoint.load import Progress, kept_layers, read_model_config
+from abyssal.checkpoint.load import Progress, Weights, kept_layers, read_model_config
 from abyssal.checkpoint.run import MANIFEST, Run
 from abyssal.checkpoint.shards import INDEX, WEIGHTS, files_of
 from abyssal.config import ModelConfig, preset, preset_names, read_config, read_mapping
@@ -27,7 +26,7 @@ def load(
     device: torch.device | str | None = None,
     *,
     layers: int | Sequence[int] | None = None,
-    weights: Literal["dense", "fp8"] = "dense",
+    weights: Weights = "dense",
     allow_missing: Sequence[str] = (),
     threads: int = 1,
     progress: Progress | None = None,

@@ -512,8 +512,8 @@ class TestFP8:
     def test_fp8_needs_fp8(self, folders):
         with pytest.raises(UserError, match="--to fp8"):
             load_model(folders / "bf16", weights="fp8")
-        with pytest.raises(UserError, match="'int8' is not one of"):
-            load_model(folders / "bf16", weights="int8")
+        with pytest.raises(UserError, match="'int3' is not one of"):
+            load_model(folders / "bf16", weights="int3")
 
 
 def test_a_model_that_transformers_saved_without_its_mtp_module(tmp_path):

@@ -24,6 +24,7 @@ from abyssal.config import ModelConfig
 from abyssal.config.published import for_export
 from abyssal.errors import UserError
 from abyssal.model import Transformer
+from abyssal.model.quantized import refuse_packed
 
 SHARD_SIZE = 5 * 10**9
 
@@ -35,6 +36,7 @@ class InMemory:
         for i, layer in enumerate(model.model.layers):
             if isinstance(layer, nn.Identity):
                 raise UserError(f"layer {i} was not loaded; expected the whole model")
+        refuse_packed(model)
         self._tensors = dict(disk_tensors(model))
         quantized = {name for name, tensor in self._tensors.items() if tensor.dtype == FP8}
         self.wanted = self._tensors.keys() - {name + SCALE for name in quantized}

@@ -22,6 +22,7 @@ from abyssal.config import ModelConfig, published_model_type, to_published
 from abyssal.errors import UserError
 from abyssal.kernels.adamw import merge
 from abyssal.model import Transformer
+from abyssal.model.quantized import refuse_packed
 
 
 def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
@@ -59,8 +60,10 @@ def save_model(model: Transformer, folder: Path, lows: Mapping[str, Tensor] | No
     """Writes config.json and model.safetensors into ``folder`` (which exists).
 
     ``lows``, by parameter name, are the other halves of those that hold half of an FP32 number
-    (:func:`abyssal.kernels.adamw.split`); these are written whole, each put together only when its turn comes.
+    (:func:`abyssal.kernels.adamw.split`); these are written whole, each put together only when its turn comes. Raises
+    UserError for a model with packed weights.
     """
+    refuse_packed(model)
     dtype = model.model.embed_tokens.weight.dtype
     (folder / "config.json").write_text(config_to_json(model.config, dtype), encoding="utf-8")
     if not lows:

@@ -1,4 +1,5 @@
-"""A published checkpoint into a model: tensor by tensor from mapped files, straight into place, cast on the way.
+"""A published checkpoint into a model: tensor by tensor from mapped files, straight into place, cast or
+quantised on the way.
 
 First everything is compared by names, shapes and dtypes alone (:func:`match`); only when all fits is memory taken. What
 is in memory then is the model, and of the files at most one shard's pages.
@@ -12,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -23,11 +24,15 @@ from abyssal.checkpoint.shards import Shards, tensor_names
 from abyssal.config import ModelConfig, MTPConfig, read_config
 from abyssal.errors import UserError
 from abyssal.kernels import fp8
+from abyssal.kernels.packed import Packed, quantize
 from abyssal.model import Transformer
 from abyssal.model.fp8 import use_fp8
+from abyssal.model.quantized import packed_matrices, use_packed
 
 Progress = Callable[[int, int], None]
 """Called with bytes read so far and in all."""
+Weights = Literal["dense", "fp8", "int8", "int4"]
+"""What a model's weights are in memory."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,7 @@ def load_model(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     layers: int | Sequence[int] | None = None,
-    weights: Literal["dense", "fp8"] = "dense",
+    weights: Weights = "dense",
     allow_missing: Sequence[str] = (),
     threads: int = 1,
     progress: Progress | None = None,
@@ -60,13 +65,15 @@ def load_model(
     ``dtype`` None takes the embedding's (BF16 for the published FP8 files). ``layers`` reads the first so many, or just
     those listed, with embedding, norm and head: the others are empty places, and their files need not be there.
     ``weights="fp8"`` keeps what is stored in FP8 blocks as it is and computes with it (abyssal.model.fp8); ``"dense"``
-    dequantises. Tensors missing or left over are an error unless a pattern of ``allow_missing`` names them; missing
-    ones are drawn anew. ``threads`` read tensors side by side.
+    dequantises; ``"int8"`` and ``"int4"`` quantise every tensor as it is read, from the file's own numbers whatever
+    ``dtype`` is, so that the dense model is never in memory (abyssal.model.quantized). Tensors missing or left over are
+    an error unless a pattern of ``allow_missing`` names them; missing ones are drawn anew. ``threads`` read tensors
+    side by side.
 
     Raises UserError, before any weight is read, where a file is missing or damaged or tensors and config.json disagree.
     """
-    if weights not in ("dense", "fp8"):
-        raise UserError(f"weights: {weights!r} is not one of 'dense', 'fp8'")
+    if weights not in get_args(Weights):
+        raise UserError(f"weights: {weights!r} is not one of {', '.join(map(repr, get_args(Weights)))}")
     if dtype is not None and dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
         raise UserError(f"dtype: {dtype!r} is not one of torch.bfloat16, float16, float32, float64")
     try:
@@ -92,7 +99,10 @@ def load_model(
         whole -= {stacked_name(name) for name in (*found.names, *found.absent) if name not in found.quantized}
         whole.discard("lm_head.weight")  # as published; its dtype is the model's
         use_fp8(model, whole, power_of_two=config.scales_are_powers_of_two)
-        model.requires_grad_(False)  # no gradient passes through FP8
+    elif weights != "dense":
+        use_packed(model, weights)
+    if weights != "dense":
+        model.requires_grad_(False)  # no gradient passes through
     model.to(dtype or _dtype_of(shards))
     model.to_empty(device=device)
     if config.tie_word_embeddings:
@@ -201,6 +211,7 @@ def fill(
     """Reads what was matched into ``model``, one file after the other. Raises UserError where a copy under an MTP
     module is not equal to what it repeats."""
     targets = dict(disk_tensors(model))
+    packed = dict(packed_matrices(model))
     total = sum(shards[name].nbytes for name in (*found.names, *found.copies))
     done = 0
 
@@ -208,13 +219,20 @@ def fill(
         if name in found.copies:
             _check_copy(file.get_tensor(name), name, found.copies[name], shards)
         elif name not in found.quantized:
-            targets[name].copy_(file.get_tensor(name))
+            if name in packed:
+                _pack(file.get_tensor(name), packed[name])
+            else:
+                targets[name].copy_(file.get_tensor(name))
         else:
             # Blocks and scales may lie in different files.
             scale = name + SCALE
             scales = file.get_tensor(scale) if shards[scale].file == shards[name].file else shards.read(scale)
             check_scales(scales, name)
-            if targets[name].dtype == torch.float8_e4m3fn:
+            if name in packed:
+                device = packed[name].data.device
+                blocks = file.get_tensor(name).to(device)
+                _pack(fp8.dequantize(blocks, scales.to(device), torch.float32), packed[name])
+            elif targets[name].dtype == torch.float8_e4m3fn:
                 targets[name].copy_(file.get_tensor(name))
                 targets[scale].copy_(scales.float())
             else:
@@ -231,9 +249,15 @@ def fill(
                 done += nbytes
                 if progress is not None:
                     progress(done, total)
-    generator = torch.Generator(model.lm_head.weight.device).manual_seed(0)
+    embedding = model.model.embed_tokens.weight
+    generator = torch.Generator(embedding.device).manual_seed(0)
     for name in found.absent:
-        _draw(targets[name], name, model.config, generator)
+        if name in packed:
+            drawn = embedding.new_empty(packed[name].shape)
+            _draw(drawn, name, model.config, generator)
+            _pack(drawn, packed[name])
+        else:
+            _draw(targets[name], name, model.config, generator)
 
 
 def keep_layers(model: Transformer, kept: set[int] | None) -> None:
@@ -277,6 +301,12 @@ def _check_copy(copy: Tensor, name: str, original: str, shards: Shards) -> None:
             f"{shards.source}: {name} differs from {original}; abyssal shares the two, as published, and would lose it "
             f"(--allow-missing {name} leaves it out)"
         )
+
+
+def _pack(weight: Tensor, place: Packed) -> None:
+    made = quantize(weight.to(place.data.device), place.kind)
+    place.data.copy_(made.data)
+    place.scales.copy_(made.scales)
 
 
 def _draw(target: Tensor, name: str, config: ModelConfig, generator: torch.Generator) -> None:

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast, get_args
 
 import typer
 
@@ -21,7 +21,12 @@ if TYPE_CHECKING:
 ModelArgument = Annotated[str, typer.Argument(help="A run, a model folder, or a name on the hub (owner/name).")]
 DtypeOption = Annotated[str, typer.Option(help="bf16, fp32 or fp16 in memory; auto: the file's.")]
 WeightsOption = Annotated[
-    str, typer.Option(help="fp8 keeps FP8 blocks in memory and computes with them; dense dequantises.")
+    str,
+    typer.Option(
+        "--weights",
+        "--quantize",
+        help="In memory: dense, as --dtype says; int8 or int4, quantised as they are read; fp8, the file's FP8 blocks.",
+    ),
 ]
 AllowMissingOption = Annotated[
     list[str] | None,
@@ -34,13 +39,14 @@ def load_model(
     model: str, *, dtype: str, weights: str, device: str, allow_missing: Sequence[str] | None
 ) -> tuple[Transformer, Tokenizer]:
     """Loads ``model`` with a bar in bytes on stderr. Raises UserError where there is no tokenizer."""
+    from abyssal.checkpoint.load import Weights
     from abyssal.checkpoint.load import load_model as load
     from abyssal.errors import UserError
     from abyssal.loading import find, find_tokenizer
     from abyssal.training.hardware import resolve_device
 
-    if weights not in ("dense", "fp8"):
-        raise UserError(f"--weights: {weights!r} is not one of dense, fp8")
+    if weights not in get_args(Weights):
+        raise UserError(f"--weights: {weights!r} is not one of {', '.join(get_args(Weights))}")
     where, chosen = resolve_device(device, "--device"), parse_dtype(dtype, "--dtype")
     folder = find(model)
     tokenizer = find_tokenizer(folder)
@@ -51,7 +57,7 @@ def load_model(
             folder,
             dtype=chosen,
             device=where,
-            weights="fp8" if weights == "fp8" else "dense",
+            weights=cast("Weights", weights),
             allow_missing=allow_missing or (),
             progress=progress,
         )
