@@ -466,3 +466,30 @@ def test_logprobs_are_the_models_own(drafts: int):
         best = row.topk(4)
         assert [t for t, _ in told.likeliest] == best.indices.tolist()
         assert [p for _, p in told.likeliest] == pytest.approx(best.values.tolist(), abs=1e-4)
+
+
+def test_damaged_modules_do_not_disturb_the_model():
+    model = make_model(torch.float32, **KINDS["one module"]).requires_grad_(False)
+    model.mtp_modules[0].eh_proj.weight.fill_(torch.nan)
+    for sampling in (Sampling(temperature=0, max_new_tokens=9), Sampling(seed=1, max_new_tokens=9)):
+        said = []
+        for drafts in (0, 2):
+            engine = Engine(model, BYTES, drafts=drafts)
+            sequence = engine.add([10, 20, 30], sampling)
+            while engine.busy:
+                engine.step()
+            said.append(sequence.new)
+        assert said[0] == said[1]
+        assert engine.drafted == 0
+
+
+def test_a_guess_refused_by_a_rounding_is_drawn_all_the_same():
+    """Where p and q differ by rounding alone nothing is left of p − q to draw from."""
+    scores = torch.tensor([0.0, 1.0])
+    p = scores.softmax(-1)
+    q = p.clone()
+    q[0] = torch.nextafter(p[0], torch.tensor(1.0))
+    for seed in range(50):
+        sequence = Sequence([3], 1, Sampling(), torch.Generator().manual_seed(seed), 9, Text(BYTES, ()))
+        sequence.drafts = [Draft(0, q * 3)]  # often refused, p nowhere above it
+        assert verify(torch.stack((scores, scores)), sequence)[0] in (0, 1)

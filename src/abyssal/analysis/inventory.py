@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch import nn
 
+from abyssal.analysis.blueprint import blueprint
 from abyssal.checkpoint.names import layer_of
 from abyssal.config import ModelConfig
-from abyssal.model import Transformer
 from abyssal.model.moe import Experts
 from abyssal.model.router import Router
 
@@ -53,23 +52,11 @@ class Weight:
         return "experts" if ".experts." in self.name else "mlp"
 
 
-class Unfilled(TorchFunctionMode):
-    """Leaves out the random numbers of new tensors: on the meta device there are none, but asking for them has torch
-    import its compiler, which takes seconds."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in (Tensor.normal_, nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_):
-            return args[0] if args else kwargs["tensor"]
-        return func(*args, **kwargs)
-
-
 class Inventory:
     """All tensors of a model, counted on one built without memory."""
 
     def __init__(self, config: ModelConfig) -> None:
-        with torch.device("meta"), Unfilled():
-            model = Transformer(config)
+        model = blueprint(config)
         products: set[int] = set()
         muon: set[int] = set()
         for module in model.modules():

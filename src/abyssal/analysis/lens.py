@@ -35,6 +35,7 @@ from abyssal.data.corpus import SUFFIXES, documents
 from abyssal.data.tokenizer import Tokenizer
 from abyssal.errors import UserError
 from abyssal.model import Transformer
+from abyssal.model.modes import evaluating
 from abyssal.model.router import Routing
 
 DEFAULT_WINDOW = 2048
@@ -225,9 +226,7 @@ def look(model: Transformer, texts: Texts, progress: Progress | None = None) -> 
     depth = len(model.mtp_modules)
     gathered = _Gatherer(model, len(texts.ids), depth)
     device = model.model.embed_tokens.weight.device
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
+    with evaluating(model):
         # The longest first: memory runs out at the start or not at all, and little is padded.
         windows = sorted(texts.windows(), key=lambda window: window[0] - window[1])
         done = 0
@@ -244,9 +243,6 @@ def look(model: Transformer, texts: Texts, progress: Progress | None = None) -> 
             done += sum(end - start for start, end in batch)
             if progress is not None:
                 progress(done, len(texts.ids))
-    finally:
-        for module in training:
-            module.training = True
     return gathered.layers
 
 

@@ -7,11 +7,9 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 
-import torch
-
+from abyssal.analysis.blueprint import blueprint
 from abyssal.checkpoint.names import layer_of
 from abyssal.config import ModelConfig
-from abyssal.model import Transformer
 
 _PARTS = (
     (r"^model\.embed_tokens\.", "embedding"),
@@ -84,8 +82,7 @@ def part_of(name: str) -> str:
 
 def count_parameters(config: ModelConfig) -> Parameters:
     """Counts ``config``'s parameters; takes no memory for weights."""
-    with torch.device("meta"):
-        model = Transformer(config)
+    model = blueprint(config)
     outside: dict[str, int] = {}
     layers: list[dict[str, int]] = [{} for _ in model.model.layers]
     # named_parameters drops the second name of a tied tensor; the only persistent buffer is the router's bias.

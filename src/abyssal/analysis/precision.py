@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 
 import torch
 
+from abyssal.analysis.blueprint import blueprint
 from abyssal.analysis.parameters import part_of
 from abyssal.checkpoint.names import disk_tensors, layer_of
 from abyssal.checkpoint.precision import FP8, Plan
 from abyssal.config import ModelConfig
 from abyssal.errors import UserError
 from abyssal.kernels import fp8
-from abyssal.model import Transformer
 
 
 @dataclass
@@ -66,8 +66,7 @@ def count_precisions(config: ModelConfig, plan: Plan, stored: Mapping[str, torch
 
     Raises UserError where the plan puts what is no matrix in FP8 blocks, and for a pattern that fits no tensor.
     """
-    with torch.device("meta"):
-        model = Transformer(config)
+    model = blueprint(config)
     out = Precisions()
     unused = dict(plan.patterns)
     for name, tensor in disk_tensors(model):

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 
 import torch
 
+from abyssal.analysis.blueprint import blueprint
 from abyssal.checkpoint.names import disk_tensors, layer_of
 from abyssal.checkpoint.precision import FP8, Plan
 from abyssal.config import ModelConfig
 from abyssal.kernels import fp8
-from abyssal.model import Transformer
 
 PRECISIONS = ("fp32", "bf16", "fp8", "int8", "int4")
 GROUP = 128
@@ -39,8 +39,7 @@ class Weights:
 
 def count_weights(config: ModelConfig) -> dict[str, Weights]:
     """Bytes by precision, in the order of :data:`PRECISIONS`; takes no memory for weights."""
-    with torch.device("meta"):
-        model = Transformer(config)
+    model = blueprint(config)
     main, mtp = Counter[str](), Counter[str]()
     for name, tensor in disk_tensors(model):
         layer = layer_of(name)

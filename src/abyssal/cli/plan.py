@@ -237,13 +237,11 @@ def _show(found: Findings, config: ModelConfig) -> None:
 
 
 def _show_header(found: Findings, config: ModelConfig) -> None:
-    from abyssal.analysis.inventory import Unfilled
     from abyssal.analysis.parameters import count_parameters
     from abyssal.analysis.units import size
     from abyssal.cli.show import console
 
-    with Unfilled():
-        counts = count_parameters(config)
+    counts = count_parameters(config)
     mtp = f" + {_count(counts.mtp)} MTP" if counts.mtp else ""
     card, wishes = found.wishes.card, found.wishes
     console.print(

@@ -27,6 +27,7 @@ from torch import Tensor
 from abyssal.data.tokenizer import Tokenizer
 from abyssal.errors import UserError
 from abyssal.model import Transformer
+from abyssal.model.modes import evaluating
 
 Window = tuple[list[int], int]
 """Token ids, and how many of the last are predicted, at least one (each from all ids before it)."""
@@ -133,9 +134,7 @@ def score(model: Transformer, windows: Sequence[Window], batch_size: int) -> Ite
     for index, (ids, _) in enumerate(windows):
         asked.setdefault(tuple(ids[:-1]), []).append(index)
     rows = sorted(asked, key=len, reverse=True)
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
+    with evaluating(model):
         for start in range(0, len(rows), batch_size):
             batch = rows[start : start + batch_size]
             found = [(row, index) for row, ids in enumerate(batch) for index in asked[ids]]
@@ -144,9 +143,6 @@ def score(model: Transformer, windows: Sequence[Window], batch_size: int) -> Ite
             sums = zip(found, log_p.split(counts), likeliest.split(counts), strict=True)
             for (_, index), values, best in sums:
                 yield index, float(values.sum()), bool(best.all())
-    finally:
-        for module in training:
-            module.training = True
 
 
 def check_vocabulary(model: Transformer, tokenizer: Tokenizer) -> None:

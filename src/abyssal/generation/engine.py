@@ -14,15 +14,14 @@ An engine is used by one thread. Shapes: N tokens of a pass, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from collections.abc import Sequence as Items
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from abyssal.data.tokenizer import Tokenizer
 from abyssal.errors import UserError
@@ -37,6 +36,7 @@ from abyssal.generation.speculative import TRIAL, Confirmed, cost_of_a_draft, dr
 from abyssal.generation.text import Text
 from abyssal.model import Recorder, Transformer
 from abyssal.model.cache import cached_shapes
+from abyssal.model.modes import evaluating
 from abyssal.model.paged import PagedCache, attends_by_row
 
 PAGE = 64
@@ -154,7 +154,8 @@ class Engine:
         work = self.scheduler.schedule()
         if not work:
             return []
-        with _evaluating(self.model):
+        # A step at a time: whoever holds a stream finds the model as it was between two pieces.
+        with evaluating(self.model) if self.model.training else nullcontext():
             return self._postprocess(work, *self._run(work, recorder))
 
     # run
@@ -267,19 +268,3 @@ class Engine:
                 text += sequence.text.finish()
                 break
         return Event(sequence, taken, text)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode for one step, so that whoever holds a stream finds the model as it was between two pieces."""
-    if not model.training:
-        yield
-        return
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

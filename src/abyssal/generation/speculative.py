@@ -64,6 +64,7 @@ def verify(logits: Tensor, sequence: Sequence) -> list[int]:
             out.append(draft.token)
             continue
         rest = (p - q).clamp_min(0)
+        rest = rest if rest.sum() > 0 else p  # equal but for rounding
         out.append(int(torch.multinomial(rest, 1, generator=sequence.generator)))
         return out
     out.append(int(sample(logits[-1:], [sequence.tokens + out], sampling, own)))
@@ -105,14 +106,21 @@ def draft(
             ahead = hidden[:, last]
         else:
             going_on = [row for row, s in enumerate(sequences) if s.wanted > depth]
+            if not going_on:
+                return
             ahead, sequences = ahead[:, going_on], [sequences[row] for row in going_on]
             position = [len(s.tokens) - 2 + depth - modules + 1 for s in sequences]
             single = [Span(s.pages, p, p + 1) for s, p in zip(sequences, position, strict=True)]
             ahead = _through(model, modules - 1, pool, single, ahead, [s.drafts[-1].token for s in sequences], by_row)
         logits = model.lm_head(ahead[0]).masked_fill(absent, float("-inf"))
         for row, sequence in enumerate(sequences):
-            if sequence.wanted > depth:
-                sequence.drafts.append(_guess(logits[row : row + 1], sequence))
+            if sequence.wanted <= depth:
+                continue
+            guess = _guess(logits[row : row + 1], sequence)
+            if guess is None:  # damaged modules; the model itself may be sound
+                sequence.guesses = 0
+            else:
+                sequence.drafts.append(guess)
 
 
 def _through(
@@ -128,20 +136,16 @@ def _through(
     return model.draft_hidden(depth, hidden, torch.tensor([tokens], device=hidden.device), cache)
 
 
-def _guess(logits: Tensor, sequence: Sequence) -> Draft:
+def _guess(logits: Tensor, sequence: Sequence) -> Draft | None:
+    """None where the logits are not finite."""
     seen = [sequence.tokens + [d.token for d in sequence.drafts]]
     scores = filter_logits(logits, seen, sequence.sampling)[0]
-    if sequence.sampling.temperature == 0 or not scores.max().isfinite():
-        return Draft(int(scores.nan_to_num(float("-inf")).argmax()), _certain(scores, sequence))
+    if not scores.max().isfinite():
+        return None
+    if sequence.sampling.temperature == 0:
+        return Draft(int(scores.argmax()), None)
     q = scores.softmax(-1)
     return Draft(int(torch.multinomial(q, 1, generator=sequence.generator)), q)
-
-
-def _certain(scores: Tensor, sequence: Sequence) -> Tensor | None:
-    if sequence.sampling.temperature == 0:
-        return None
-    chosen = scores.nan_to_num(float("-inf")).argmax()
-    return torch.zeros_like(scores).index_fill(0, chosen.unsqueeze(0), 1.0)
 
 
 def cost_of_a_draft(model: Transformer) -> float:
