@@ -217,7 +217,7 @@ class TestPressure:
 
     def test_cancelling_frees_pages_at_once(self):
         engine = Engine(model_of("mla"), BYTES, page=4, prefix_cache=False)
-        sequence = engine.add([5] * 10, Sampling(max_new_tokens=10))
+        sequence = engine.add([5] * 10, Sampling(temperature=0, max_new_tokens=10))
         engine.step()
         assert engine.pool.in_use == 3
         engine.cancel(sequence)
