@@ -12,7 +12,7 @@ INSTALL := $(PIP) install --quiet --constraint constraints.txt $(if $(TORCH_INDE
 STAMP := $(shell date +%Y%m%d-%H%M%S)
 
 .PHONY: help setup demo test test-slow lint format bench bench-large bench-attention bench-scaling bench-learning \
-	bench-checkpoints bench-recording wheel clean
+	bench-checkpoints bench-recording bench-decoding wheel clean
 
 help:
 	@echo "make demo       train a small DeepSeek-V3 on Tiny Shakespeare and let it talk"
@@ -20,6 +20,7 @@ help:
 	@echo "make lint       formatting, lint, types, one-way imports"
 	@echo "make bench      our training step beside transformers', in turn in one run; on a GPU too where there is one"
 	@echo "make bench-large, bench-scaling, bench-learning, bench-attention   the other tables of docs/performance.md"
+	@echo "make bench-decoding     the engine beside transformers and llama.cpp (9 GB of disk, 16 GB of memory)"
 	@echo "make bench-recording    what recording routing costs while a model trains"
 	@echo "make bench-checkpoints  memory and time of loading, converting, exporting (16 GB of disk, 8 GB of memory)"
 	@echo "make test-slow  long proofs that CI leaves out"
@@ -90,6 +91,11 @@ bench-learning: $(VENV)/.dev
 
 bench-recording: $(VENV)/.dev
 	@$(BIN)/python benchmarks/recording.py
+
+# llama-cpp-python is compiled (minutes); where that fails the benchmark says so and leaves llama.cpp out.
+bench-decoding: $(VENV)/.dev
+	@$(BIN)/python -c 'import llama_cpp, gguf' 2> /dev/null || $(PIP) install --quiet gguf==0.19.0 llama-cpp-python==0.3.36 || true
+	@$(BIN)/python benchmarks/decoding.py --memory-roofline
 
 bench-checkpoints: $(VENV)/.dev
 	@$(BIN)/python benchmarks/checkpoints.py

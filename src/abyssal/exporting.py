@@ -12,11 +12,13 @@ import torch
 from abyssal.checkpoint.convert import convert as convert_folder
 from abyssal.checkpoint.export import SHARD_SIZE, InMemory, check_target, write_model
 from abyssal.checkpoint.load import Progress, read_model_config, wanted_tensors
+from abyssal.checkpoint.packing import packings, stored_kind
 from abyssal.checkpoint.run import MANIFEST
 from abyssal.checkpoint.shards import Shards
 from abyssal.config import ModelConfig, read_mapping
 from abyssal.data.tokenizer import Tokenizer
 from abyssal.errors import UserError
+from abyssal.kernels.packed import Kind
 from abyssal.loading import find, find_tokenizer
 from abyssal.model import Transformer
 
@@ -38,7 +40,8 @@ def export(
     Written are config.json, generation_config.json, the tokenizer with its chat template, and weights a tensor an
     expert, in shards of at most ``shard_size`` bytes. From a folder, tensors are streamed: nothing more than one shard
     of it is in memory. ``dtype`` None keeps the stored one; ``torch.float8_e4m3fn`` writes FP8 blocks as V3's (scales
-    powers of two with ``power_of_two``). ``tokenizer`` replaces the source's own. Embedding and head are repeated
+    powers of two with ``power_of_two``). Packed weights stay packed, for abyssal alone, or with a ``dtype`` are
+    dequantised. ``tokenizer`` replaces the source's own. Embedding and head are repeated
     under the MTP modules of what was trained here, as serving engines expect; a published folder stays as it is.
 
     Raises UserError where ``folder`` exists, the disk is too small, the source is damaged, the layout cannot express
@@ -50,6 +53,7 @@ def export(
         held = InMemory(source)
         tensors: InMemory | Shards = held
         wanted: Collection[str] = held.wanted
+        packed = held.packed
         config, own, generation = source.config, tokenizer, None
         trained_here = True
     else:
@@ -58,6 +62,7 @@ def export(
             raise UserError(f"{folder}: lies in the source; choose a folder outside {found}")
         config, shards = read_model_config(found), Shards(found)
         wanted, tensors = wanted_tensors(config, shards, allow_missing), shards
+        packed = packings(config, stored_kind(config, found))
         own = tokenizer or find_tokenizer(found)
         generation = read_mapping(path) if (path := found / "generation_config.json").is_file() else None
         trained_here = (Path(source) / MANIFEST).is_file() or (found / "state.json").is_file()
@@ -71,6 +76,7 @@ def export(
         config,
         folder,
         dtype=dtype,
+        packed=packed,
         shard_size=shard_size,
         power_of_two=power_of_two,
         repeat_shared=trained_here,
@@ -85,15 +91,15 @@ def export(
 def convert(
     source: str | Path,
     folder: str | Path,
-    to: torch.dtype,
+    to: torch.dtype | Kind,
     *,
     power_of_two: bool = False,
     allow_missing: Sequence[str] = (),
     progress: Progress | None = None,
     verifying: Progress | None = None,
 ) -> Path:
-    """Writes the checkpoint ``source`` (a folder, a run, a name on the hub) to ``folder`` in the dtype ``to``, shard by
-    shard, and returns ``folder``; see :func:`abyssal.checkpoint.convert.convert`."""
+    """Writes the checkpoint ``source`` (a folder, a run, a name on the hub) to ``folder`` in the dtype ``to``, or
+    packed as "int8" or "int4", shard by shard; returns ``folder``. See :func:`abyssal.checkpoint.convert.convert`."""
     convert_folder(
         find(source),
         Path(folder),

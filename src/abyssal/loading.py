@@ -26,7 +26,7 @@ def load(
     device: torch.device | str | None = None,
     *,
     layers: int | Sequence[int] | None = None,
-    weights: Weights = "dense",
+    weights: Weights = "auto",
     allow_missing: Sequence[str] = (),
     threads: int = 1,
     progress: Progress | None = None,

@@ -257,6 +257,24 @@ class TestCommands:
         chat("/save ~/my chat.json\n")
         assert (tmp_path / "home" / "my chat.json").is_file()
 
+    def test_stats(self, chat, folder):
+        """The second turn reads only what is new; the figures say so."""
+        out, err = chat(f"/stats\n{'x' * 100}\nThere\n/stats\n", "--temperature", "0", "--drafts", "1")
+        script = Script(folder, temperature=0)
+        answers = [script.say("x" * 100), script.say("There")]
+        assert out == script.shown
+        first, later = [i for i, line in enumerate(err) if line.startswith("prompt tokens")]
+        assert err[first].split() == ["prompt", "tokens", "0"]
+        asked = len(chatml(script.messages[:1])) + len(chatml(script.messages[:3]))
+        assert err[later].split() == ["prompt", "tokens", str(asked)]
+        assert err[later + 1].split() == ["new", "tokens", "24"], answers
+        assert err[later + 2].startswith("prefix hits    64 tokens")
+        assert re.fullmatch(r"drafts +depth 1: \d+ of \d+ right \(\d+%\)", err[later + 5])
+
+    def test_drafts_that_cannot_be(self, chat):
+        _, err = chat("Hello\n", "--drafts", "-1", code=2)
+        assert err == ["abyssal: error: drafts: -1 is not valid; expected a number from 0"]
+
     def test_help_names_every_command_and_exit_leaves(self, chat):
         out, err = chat("/help\n/exit now\nHello\n")
         assert out == ""

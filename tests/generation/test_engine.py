@@ -14,7 +14,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from abyssal.data.tokenizer import Tokenizer
 from abyssal.errors import UserError
-from abyssal.generation import Sampling
+from abyssal.generation import Sampling, generate, stream
 from abyssal.generation.engine import Engine
 from abyssal.generation.sampling import filter_logits, make_generators
 from abyssal.generation.sequence import Draft, Sequence
@@ -262,6 +262,200 @@ def test_one_request_with_broken_logits_ends_alone(monkeypatch: pytest.MonkeyPat
     assert good.new == plain("mha", [5], 3)
 
 
+class Refusing:
+    """A grammar that takes two tokens, whatever they are, and then fails at ``where``."""
+
+    complete = False
+
+    def __init__(self, where: str, error: Exception) -> None:
+        self.where, self.error, self.taken = where, error, 0
+
+    def allowed(self) -> torch.Tensor:
+        if self.where == "allowed" and self.taken == 2:
+            raise self.error
+        return torch.full((264,), self.where != "nothing" or self.taken < 2)
+
+    def take(self, token: int) -> None:
+        self.taken += 1
+        if self.where == "take" and self.taken == 2:
+            raise self.error
+
+
+class TestOneRequestFails:
+    """Its error is its own: the others say what they say alone, and no page is lost."""
+
+    def run(self, kind: str, fail: Any, **sampling: Any) -> Sequence:
+        engine = Engine(model_of(kind), BYTES, page=4)
+        prompts = [[10 + i, 20, 30, 40, 50] for i in range(3)]
+        greedy = Sampling(temperature=0, max_new_tokens=8)
+        sequences = [
+            engine.add(prompt, Sampling(**{"temperature": 0, "max_new_tokens": 8} | sampling) if i == 1 else greedy)
+            for i, prompt in enumerate(prompts)
+        ]
+        fail(sequences[1])
+        events = []
+        while engine.busy:
+            events += engine.step()
+        for number in (0, 2):
+            assert sequences[number].new == plain(kind, prompts[number], 8)
+            assert sequences[number].finished == "length"
+            assert sequences[number].error is None
+        bad = sequences[1]
+        assert bad.finished == "error"
+        assert [token for e in events if e.sequence is bad for token in e.tokens] == bad.new
+        assert engine.pool.in_use == 0
+        assert engine.metrics.finished == {"length": 2, "error": 1}
+        after = engine.add(prompts[1], greedy)  # what is kept of its text is sound
+        while engine.busy:
+            engine.step()
+        assert after.new == plain(kind, prompts[1], 8)
+        return bad
+
+    @pytest.mark.parametrize("where", ["allowed", "take", "nothing"])
+    def test_grammar(self, where: str):
+        def fail(sequence: Sequence) -> None:
+            sequence.grammar = Refusing(where, UserError("schema: lost"))  # type: ignore[assignment]
+
+        bad = self.run("mla", fail)
+        none = "schema: none of the tokens that may come next is one of the model's"
+        assert bad.error == (none if where == "nothing" else "schema: lost")
+        assert bad.new == plain("mla", [11, 20, 30, 40, 50], 2)
+
+    def test_a_matcher_that_fails(self, caplog: pytest.LogCaptureFixture):
+        """A real one, fed with a token that its schema does not allow: what stands in a step must not rely on it."""
+        pytest.importorskip("llguidance")
+        grammar = Engine(model_of("mla"), BYTES).grammars.compile({"type": "integer"})
+        grammar.allowed = lambda: torch.ones(264, dtype=torch.bool)  # type: ignore[method-assign]
+
+        def fail(sequence: Sequence) -> None:
+            sequence.grammar = grammar
+
+        bad = self.run("mla", fail)
+        assert (bad.error or "").startswith("schema: ")
+        assert not caplog.records
+
+    @pytest.mark.parametrize("kind", ["mla", "one module"])
+    def test_text(self, kind: str, caplog: pytest.LogCaptureFixture):
+        """What is a bug of ours and no user's error is seen in the log as well."""
+
+        def fail(sequence: Sequence) -> None:
+            push, sizes = sequence.text.push, []
+
+            def broken(token: int) -> str:
+                sizes.append(token)
+                if len(sizes) == 3:
+                    raise KeyError("a\nb")
+                return push(token)
+
+            sequence.text.push = broken  # type: ignore[method-assign]
+
+        bad = self.run(kind, fail)
+        assert (bad.error or "").startswith("KeyError: ")
+        assert "\n" not in (bad.error or "")
+        assert len(bad.new) == 3
+        assert [record.exc_info is not None for record in caplog.records] == [True]
+
+    def test_logprobs(self, monkeypatch: pytest.MonkeyPatch):
+        def broken(*_: Any) -> None:
+            raise UserError("no")
+
+        monkeypatch.setattr("abyssal.generation.engine.Logprobs", broken)
+        assert self.run("mla", lambda sequence: None, logprobs=2).error == "no"
+
+    def test_one_of_a_batch_that_is_drawn_together(self, monkeypatch: pytest.MonkeyPatch):
+        """Same settings, so one call draws for all; it refuses one of them."""
+        from abyssal.generation import engine as module
+
+        real, refused = module.sample, []
+
+        def picky(logits: torch.Tensor, seen: Any, *rest: Any) -> torch.Tensor:
+            if any(tokens[0] == 11 and len(tokens) == 7 for tokens in seen):
+                refused.append(len(seen))
+                raise UserError("not this one")
+            return real(logits, seen, *rest)
+
+        monkeypatch.setattr(module, "sample", picky)
+        engine = Engine(model_of("mla"), BYTES)
+        drawn = [engine.add([10 + i, 20, 30, 40, 50], Sampling(seed=i, max_new_tokens=6)) for i in range(3)]
+        same = [engine.add([10 + i, 20, 30, 40, 50], Sampling(temperature=0, max_new_tokens=6)) for i in (0, 1, 2)]
+        while engine.busy:
+            engine.step()
+        assert sorted(refused) == [1, 1, 3]
+        assert [s.error for s in (drawn[1], same[1])] == ["not this one"] * 2
+        assert [same[i].new for i in (0, 2)] == [plain("mla", [10 + i, 20, 30, 40, 50], 6) for i in (0, 2)]
+        assert [s.finished for s in (drawn[0], drawn[2])] == ["length"] * 2
+
+
+def test_metrics_are_those_of_all_sequences():
+    engine = Engine(model_of("one module"), BYTES, page=4, pages=18, drafts=2)
+    prompts = [list(range(10, 31)), [*range(10, 31), 99], [7, 8], [9]]
+    sequences = []
+    for number, prompt in enumerate(prompts):
+        sequences.append(engine.add(prompt, Sampling(temperature=0, max_new_tokens=12)))
+        before = engine.metrics
+        engine.step()
+        if number == 2:
+            engine.cancel(sequences[2])
+        metrics = engine.metrics
+        assert metrics.running + metrics.waiting == len([s for s in sequences if s.finished is None])
+        assert metrics.pages_in_use == len({page for s in sequences for page in s.pages})
+        for name in ("prompt_tokens", "new_tokens", "reused", "preempted"):
+            assert getattr(metrics, name) >= getattr(before, name)
+    while engine.busy:
+        engine.step()
+    metrics = engine.metrics
+    assert metrics.prompt_tokens == sum(map(len, prompts))
+    assert metrics.new_tokens == sum(len(s.new) for s in sequences)
+    assert metrics.reused == sum(s.reused for s in sequences) > 0
+    assert metrics.preempted == sum(s.preempted for s in sequences)
+    assert metrics.drafted == [sum(s.drafted[k] for s in sequences if len(s.drafted) > k) for k in range(2)]
+    assert metrics.acceptance == [right / made for right, made in zip(metrics.accepted, metrics.drafted, strict=True)]
+    assert metrics.finished == {"length": 3, "cancelled": 1}
+    assert (metrics.running, metrics.waiting, metrics.pages_in_use, metrics.pages) == (0, 0, 0, 18)
+    latent = MLA["kv_lora_rank"] + MLA["qk_rope_head_dim"]
+    assert metrics.bytes_a_token == 4 * latent * (model_of("one module").config.num_hidden_layers + 1)
+    metrics.drafted.append(1)
+    assert engine.metrics.drafted != metrics.drafted
+
+
+@pytest.mark.parametrize(
+    ("tokens", "sampling", "message"),
+    [
+        ([], {}, "prompt: empty"),
+        ("abc", {}, "prompt: a str; expected token ids"),
+        ([1.5], {}, "prompt: a list; expected token ids"),
+        (7, {}, "prompt: a int; expected token ids"),
+        ([264], {}, "prompt: token id 264 is outside the model's vocabulary of 264"),
+        ([5] * 128, {}, "prompt: 128 tokens leave no room in the model's context of 128"),
+        ([5], {"temperature": -1}, "temperature: -1 is not valid"),
+        ([5], {"temperature": float("nan")}, "temperature: nan is not valid"),
+        ([5], {"max_new_tokens": 0}, "max_new_tokens: 0 is not valid"),
+        ([5], {"logprobs": 101}, "logprobs: 101 is not valid; expected None or a whole number up to 100"),
+        ([5], {"logprobs": -1}, "logprobs: -1 is not valid"),
+    ],
+)
+def test_what_is_refused_disturbs_nothing(tokens: Any, sampling: dict[str, Any], message: str):
+    engine = Engine(model_of("mla"), BYTES, page=4)
+    good = engine.add([10, 20, 30], Sampling(temperature=0, max_new_tokens=6))
+    engine.step()
+    with pytest.raises(UserError, match=f"^{message}") as caught:
+        engine.add(tokens, Sampling(**sampling))
+    assert "\n" not in str(caught.value)
+    while engine.busy:
+        engine.step()
+    assert good.new == plain("mla", [10, 20, 30], 6)
+    assert engine.pool.in_use == 0
+
+
+def test_more_new_tokens_than_the_context_holds():
+    engine = Engine(model_of("mla"), BYTES)
+    sequence = engine.add([5] * 120, Sampling(temperature=0, max_new_tokens=10**9))
+    while engine.busy:
+        engine.step()
+    assert len(sequence.tokens) == 128
+    assert sequence.finished == "length"
+
+
 @pytest.mark.parametrize("name", ["pages", "page", "chunk", "most"])
 def test_sizes_below_one(name: str):
     with pytest.raises(UserError, match=f"{name}: 0 is not at least 1"):
@@ -282,8 +476,8 @@ class TestGuessing:
         for drafts in (1, 2, 3):
             engine, sequence = self.run(kind, drafts)
             assert len(sequence.drafted) == drafts
-            assert 0 < engine.accepted < engine.drafted
-            assert (engine.drafted, engine.accepted) == (sum(sequence.drafted), sum(sequence.accepted))
+            assert 0 < sum(engine.metrics.accepted) < sum(engine.metrics.drafted)
+            assert (engine.metrics.drafted, engine.metrics.accepted) == (sequence.drafted, sequence.accepted)
 
     @pytest.mark.parametrize("kind", ["one module", "two modules"])
     def test_guesses_are_those_of_the_modules(self, kind: str):
@@ -305,13 +499,13 @@ class TestGuessing:
         sequence = engine.add([10, 20, 30], Sampling(temperature=0, max_new_tokens=90))
         while engine.busy:
             steps.append(len(engine.step()))
-        assert len(steps) == len(sequence.new) - engine.accepted
+        assert len(steps) == len(sequence.new) - sum(engine.metrics.accepted)
 
     def test_it_is_given_up_where_it_does_not_pay(self, monkeypatch: pytest.MonkeyPatch):
         for worth, tried in ((0.0, None), (1.1, 32)):
             monkeypatch.setattr("abyssal.generation.engine.cost_of_a_draft", lambda model, worth=worth: worth)
             engine, sequence = self.run("one module", None)
-            assert sequence.drafted == [tried] if tried else engine.drafted > 32
+            assert sequence.drafted == [tried] if tried else sum(engine.metrics.drafted) > 32
             assert len(sequence.new) == 90
             monkeypatch.undo()
 
@@ -400,8 +594,51 @@ def test_a_whole_engine_draws_as_the_model_does():
         engine.step()
     for sequence in sequences:
         seen[sequence.new[0], sequence.new[1]] += 1
-    assert engine.accepted > 200
+    assert sum(engine.metrics.accepted) > 200
     assert chi_squared(seen.flatten(), both) > 1e-4
+
+
+def test_whole_texts_are_drawn_as_the_model_does():
+    """20,000 tokens of long texts, most of them guessed. Without attention a token hangs on the one before alone, so
+    each is a draw from one of twelve known distributions."""
+    config = {"vocab_size": 12, "attention": MLA, "mtp": {"num_nextn_predict_layers": 1}, "hidden_size": 32}
+    model = make_model(torch.float32, **config).requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        if "o_proj." in name:
+            parameter.zero_()
+    follow = model(torch.arange(12).unsqueeze(1))[:, -1].double().softmax(-1)
+    engine = Engine(model, tiny_tokenizer(12), drafts=2, most=200)
+    sampling = Sampling(max_new_tokens=100)
+    sequences = [engine.add([i % 12], sampling, generator=g) for i, g in enumerate(make_generators(3, 200))]
+    while engine.busy:
+        engine.step()
+    seen = torch.zeros(12, 12, dtype=torch.float64)
+    for sequence in sequences:
+        for before, token in zip(sequence.tokens, sequence.new, strict=False):
+            seen[before, token] += 1
+    assert seen.sum() == 20_000
+    metrics = engine.metrics
+    assert len(metrics.drafted) == 2
+    assert 0.1 < metrics.acceptance[0] < 0.9
+    for row, p in zip(seen, follow, strict=True):
+        assert chi_squared(row, p) > 1e-5
+    wrong = follow.roll(1, 0)
+    assert chi_squared(seen[0], wrong[0]) < 1e-9
+
+
+BAD_SCHEMAS: list[Any] = [
+    "{",
+    "[]",
+    True,
+    '{"type": 3}',
+    {"type": "nonsense"},
+    {"type": "string", "pattern": "(("},
+    {"type": "array", "uniqueItems": True},
+    {"$ref": "#/nowhere"},
+    {"minimum": float("nan")},
+    {"const": b"bytes"},
+    '{"not":' * 2000,
+]
 
 
 class TestSchema:
@@ -436,12 +673,26 @@ class TestSchema:
             assert said["n"] <= 99
         assert len(free.new) == 5
 
-    @pytest.mark.parametrize("bad", ["{", '{"type": 3}', {"type": "nonsense"}, {"type": "string", "pattern": "(("}])
+    def test_text_that_waited_for_a_stop_string_comes_with_the_end(self):
+        pytest.importorskip("llguidance")
+        said = generate(model_of("mla"), BYTES, "a", schema={"const": {"a": 1}}, stop=["}}"], seed=1)
+        assert json.loads(said) == {"a": 1}
+
+    def test_generate_holds_every_text_to_it(self):
+        pytest.importorskip("llguidance")
+        schema = {"enum": ["red", "green"]}
+        texts = generate(model_of("one module"), BYTES, ["a", "b", "c"], schema=schema, seed=2)
+        assert {json.loads(text) for text in texts} <= {"red", "green"}
+        assert json.loads("".join(stream(model_of("mla"), BYTES, "a", schema=schema, seed=2))) in ("red", "green")
+
+    @pytest.mark.parametrize("bad", BAD_SCHEMAS)
     def test_a_schema_that_cannot_be_compiled(self, bad: Any):
         pytest.importorskip("llguidance")
         engine = Engine(model_of("mla"), BYTES)
         with pytest.raises(UserError, match=r"^schema: ") as caught:
             engine.add([5], schema=bad)
+        with pytest.raises(UserError, match=r"^schema: "):
+            generate(model_of("mla"), BYTES, "a", schema=bad)
         assert "\n" not in str(caught.value)
         assert not engine.busy
 
@@ -480,7 +731,7 @@ def test_damaged_modules_do_not_disturb_the_model():
                 engine.step()
             said.append(sequence.new)
         assert said[0] == said[1]
-        assert engine.drafted == 0
+        assert engine.metrics.drafted == []
 
 
 def test_a_guess_refused_by_a_rounding_is_drawn_all_the_same():

@@ -162,6 +162,7 @@ def test_logits_that_are_not_finite_are_refused(value, temperature):
         ("min_p", [-0.1, 1, 1.0, 2, math.nan]),
         ("repetition_penalty", [0, -1.0, math.nan, math.inf]),
         ("seed", [-1, 2**64, 1.0, "1"]),
+        ("logprobs", [-1, 101, 1.0, "2", True, math.nan]),
         ("stop", [("",), ("a", ""), "a", "", (1,), None]),
     ],
 )
@@ -175,6 +176,8 @@ def test_a_wrong_value_is_named_in_one_line(field, values):
 
 
 def test_values_at_the_border_are_taken():
-    Sampling(max_new_tokens=1, temperature=0, top_k=0, top_p=1, min_p=0, repetition_penalty=1, seed=0, stop=())
-    Sampling(temperature=1e-6, top_p=1e-9, min_p=0.999, seed=2**64 - 1)
+    Sampling(
+        max_new_tokens=1, temperature=0, top_k=0, top_p=1, min_p=0, repetition_penalty=1, seed=0, stop=(), logprobs=0
+    )
+    Sampling(temperature=1e-6, top_p=1e-9, min_p=0.999, seed=2**64 - 1, logprobs=100)
     assert Sampling(stop=["a", "\n"]).stop == ("a", "\n")

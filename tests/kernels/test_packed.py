@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load, save
 from torch import Tensor
 
-from abyssal.kernels import packed
+from abyssal.kernels import native, packed
 from abyssal.kernels.packed import Kind, Packed, dequantize, packed_shapes, quantize, quantize_activations, unpack
 
 KINDS: list[Kind] = ["int8", "int4"]
@@ -139,3 +139,49 @@ def test_unpacked_integers():
     p = quantize(weights(4, 256), "int4")
     assert unpack(p).shape == (4, 8, 32)
     assert -8 <= unpack(p).min() < unpack(p).max() <= 7
+
+
+@st.composite
+def matrices(draw: st.DrawFn) -> Tensor:
+    """Of every magnitude, with zeros, ties, numbers that are not finite, and rows that end within a block."""
+    rows, columns = draw(st.integers(1, 4)), draw(st.integers(1, 300))
+    g = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    w = torch.randn(rows, columns, generator=g)
+    if draw(st.booleans()):  # few values: ties for the farthest number, and quotients half-way between two
+        w = (w * 4).round() / 8
+    w *= 2.0 ** draw(st.integers(-140, 120))
+    for odd in draw(st.lists(st.sampled_from([0.0, -0.0, 3.4e38, -3.4e38, 1e-45, math.nan, math.inf, -math.inf]))):
+        w[torch.randint(rows, (1,), generator=g), torch.randint(columns, (1,), generator=g)] = odd
+    return w.to(draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64])))
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Every bit, but for which NaN."""
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[a.element_size()]
+    return bool(((a.view(bits) == b.view(bits)) | (a.isnan() & b.isnan())).all())
+
+
+@pytest.mark.skipif(native.library() is None, reason="no compiled code here")
+@settings(max_examples=300)
+@given(w=matrices(), kind=st.sampled_from(KINDS), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
+def test_compiled_code_gives_the_same_bits(w: Tensor, kind: Kind, dtype: torch.dtype):
+    compiled = quantize(w, kind)
+    back = dequantize(compiled, dtype)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packed, "_compiled", lambda _: False)
+        plain = quantize(w, kind)
+        assert same(compiled.data, plain.data)
+        assert same(compiled.scales, plain.scales)
+        assert same(back, dequantize(plain, dtype))
+
+
+@pytest.mark.skipif(native.library() is None, reason="no compiled code here")
+@pytest.mark.parametrize("kind", KINDS)
+def test_large_matrices_by_compiled_code(kind: Kind):
+    w = weights(2, 700, 1000, outliers=True).bfloat16()
+    compiled = quantize(w, kind)
+    data, scales = packed._quantize_rows(w.flatten(0, 1), kind)
+    assert same(compiled.data.flatten(0, 1), data)
+    assert same(compiled.scales.flatten(0, 1), scales)
+    turned = w.transpose(1, 2).contiguous().transpose(1, 2)
+    assert same(quantize(turned, kind).data, compiled.data)

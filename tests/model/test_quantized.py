@@ -16,7 +16,6 @@ from plain_models import MHA, SEPARATE, V1_MOE, difference, randomised, small, t
 from torch import Tensor, nn
 
 import abyssal
-from abyssal.checkpoint import save_model
 from abyssal.config import ModelConfig
 from abyssal.data.tokenizer import byte_tokenizer
 from abyssal.errors import UserError
@@ -342,13 +341,3 @@ class TestGeneration:
     def test_in_what_it_is_used(self):
         model = packed_from(randomised(small(**CONFIG), std=0.1), "int8").bfloat16()
         assert any(abyssal.generate(model, BYTES, list(self.PROMPTS), temperature=0, max_new_tokens=8))
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_packed_weights_are_not_written(tmp_path, kind):
-    model = Transformer(small(**CONFIG))
-    use_packed(model, kind)
-    for write in (lambda: save_model(model, tmp_path), lambda: abyssal.export(model, tmp_path / "out")):
-        with pytest.raises(UserError, match=r"weights are int\d; load it with weights='dense'"):
-            write()
-    assert not list(tmp_path.rglob("*.safetensors"))

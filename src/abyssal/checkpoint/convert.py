@@ -19,13 +19,16 @@ import torch
 
 from abyssal.checkpoint.atomic import PARTIAL, flush, write_text
 from abyssal.checkpoint.export import Counted, check_space, check_target, dtype_keys, write_json
-from abyssal.checkpoint.load import Progress, read_model_config, wanted_tensors
+from abyssal.checkpoint.load import Progress, check_copy, read_model_config, wanted_tensors
+from abyssal.checkpoint.names import repeated_names
+from abyssal.checkpoint.packing import packings, stored_kind
 from abyssal.checkpoint.precision import FP8, Plan
 from abyssal.checkpoint.recast import Recast
 from abyssal.checkpoint.shards import INDEX, PICKLES, Shards
 from abyssal.checkpoint.writer import Entry, check_shard, write_index, write_shard
-from abyssal.config import read_mapping
+from abyssal.config import ModelConfig, read_mapping
 from abyssal.errors import UserError
+from abyssal.kernels.packed import Kind
 
 JOURNAL = "convert.json"
 LOCK = ".lock"
@@ -34,14 +37,15 @@ LOCK = ".lock"
 def convert(
     source: Path,
     target: Path,
-    to: torch.dtype,
+    to: torch.dtype | Kind,
     *,
     power_of_two: bool = False,
     allow_missing: Sequence[str] = (),
     progress: Progress | None = None,
     verifying: Progress | None = None,
 ) -> int:
-    """Writes the checkpoint in ``source`` to ``target`` as BF16 (or another dtype) or FP8 blocks; returns the bytes.
+    """Writes the checkpoint in ``source`` to ``target`` as BF16 (or another dtype), FP8 blocks, or packed ("int8",
+    "int4": what is not packed stays as it is, FP8 there becomes BF16); returns the bytes.
 
     Other files of the folder are copied, pickles apart; config.json gets the new dtype. Memory: one shard of the source
     at most. ``progress`` counts bytes written, ``verifying`` bytes read back. Raises UserError, before anything is
@@ -56,7 +60,23 @@ def convert(
     config = read_model_config(source)
     wanted = wanted_tensors(config, shards, allow_missing)
     were_powers = config.scales_are_powers_of_two
-    recast = Recast(shards, wanted, Plan(to), power_of_two=power_of_two, were_powers=were_powers)
+    kind, stored = to if isinstance(to, str) else None, stored_kind(config, source)
+    if kind is not None and stored not in (None, kind):
+        raise UserError(f"{source}: its weights are {stored}; convert what that was made from to {kind}")
+    if kind is not None:  # copies of what is packed would not be equal to it; no reader of packed files needs them
+        copies = {name: original for name, original in repeated_names(config).items() if name in wanted}
+        for name, original in copies.items():
+            check_copy(shards.read(name), name, original, shards)
+        wanted -= copies.keys()
+    recast = Recast(
+        shards,
+        wanted,
+        Plan(None if isinstance(to, str) else to),
+        power_of_two=power_of_two,
+        were_powers=were_powers,
+        packed=packings(config, stored),
+        packing=packings(config, kind),
+    )
     if power_of_two and to != FP8:
         raise UserError("scales that are powers of two: nothing is written in FP8 blocks; expected fp8 for the dtype")
     files = {file: [e for name in recast.names(file) for e in recast.group(name)] for file in shards.files}
@@ -78,7 +98,7 @@ def convert(
             except UserError as error:
                 journal.drop(file)
                 raise UserError(f"{error}; run the same command again, it writes that file anew") from None
-        _write_small_files(source, partial, files, recast.power_of_two)
+        _write_small_files(source, partial, config, files, recast, kind)
         written = Shards(partial)
         if written.tensors.keys() != {entry.name for entries in files.values() for entry in entries}:
             raise UserError(f"{partial}: the tensors read back are not those written")
@@ -140,18 +160,23 @@ class _Journal:
         (folder / LOCK).unlink()
 
 
-def _write_small_files(source: Path, target: Path, files: dict[str, list[Entry]], power_of_two: bool) -> None:
+def _write_small_files(
+    source: Path, target: Path, config: ModelConfig, files: dict[str, list[Entry]], recast: Recast, kind: Kind | None
+) -> None:
     for path in sorted(source.iterdir()):
         skipped = path.suffix in (*PICKLES, ".safetensors") or path.name in (INDEX, "config.json", "state.json")
         if path.is_file() and not skipped and not path.name.startswith("."):
             shutil.copyfile(path, target / path.name)
     data = read_mapping(source / "config.json")
-    dtypes = {entry.dtype for entries in files.values() for entry in entries}
-    spelling = "dtype" if "dtype" in data else "torch_dtype"  # transformers 5 and 4
+    about = data if "model_type" in data else data.setdefault("published", {})  # in abyssal's own form it has a place
+    spelling = "dtype" if "dtype" in about else "torch_dtype"  # transformers 5 and 4
     for key in ("quantization_config", "dtype", "torch_dtype"):
-        data.pop(key, None)
-    keys = dtype_keys(dtypes, power_of_two=power_of_two)
-    write_json(target / "config.json", data | {spelling: keys.pop("torch_dtype")} | keys)
+        about.pop(key, None)
+    keys = dtype_keys(
+        (entry for entries in files.values() for entry in entries), config, kind, power_of_two=recast.power_of_two
+    )
+    about |= {spelling: keys.pop("torch_dtype")} | keys
+    write_json(target / "config.json", data)
     write_index(target, files)
     for path in target.iterdir():
         if path.is_file():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from abyssal.checkpoint.atomic import replace_folder
 from abyssal.checkpoint.load import Progress
-from abyssal.checkpoint.names import SCALE, disk_tensors, repeated_names
+from abyssal.checkpoint.names import SCALE, repeated_names
+from abyssal.checkpoint.packing import SCALES, kind_of, model_tensors, settings
 from abyssal.checkpoint.precision import FP8, Plan
 from abyssal.checkpoint.recast import Recast, Source
 from abyssal.checkpoint.shards import Stored
@@ -23,8 +24,9 @@ from abyssal.checkpoint.writer import Entry, file_names, split, write_index, wri
 from abyssal.config import ModelConfig
 from abyssal.config.published import for_export
 from abyssal.errors import UserError
+from abyssal.kernels.packed import Kind, Packed
 from abyssal.model import Transformer
-from abyssal.model.quantized import refuse_packed
+from abyssal.model.quantized import packed_matrices
 
 SHARD_SIZE = 5 * 10**9
 
@@ -36,10 +38,10 @@ class InMemory:
         for i, layer in enumerate(model.model.layers):
             if isinstance(layer, nn.Identity):
                 raise UserError(f"layer {i} was not loaded; expected the whole model")
-        refuse_packed(model)
-        self._tensors = dict(disk_tensors(model))
+        self._tensors = dict(model_tensors(model))
+        self.packed = dict(packed_matrices(model))
         quantized = {name for name, tensor in self._tensors.items() if tensor.dtype == FP8}
-        self.wanted = self._tensors.keys() - {name + SCALE for name in quantized}
+        self.wanted = self._tensors.keys() - {name + SCALE for name in quantized} - {n + SCALES for n in self.packed}
         self.files = [""]
 
     def names(self, file: str) -> list[str]:
@@ -72,6 +74,7 @@ def write_model(
     folder: Path,
     *,
     dtype: torch.dtype | None = None,
+    packed: Mapping[str, Packed] | None = None,
     shard_size: int = SHARD_SIZE,
     power_of_two: bool = False,
     repeat_shared: bool = True,
@@ -83,26 +86,36 @@ def write_model(
     """Writes the tensors ``wanted`` of ``source`` as a published checkpoint into ``folder``, which must not exist:
     config.json, generation_config.json, one tensor an expert, shards of at most ``shard_size`` bytes and their index.
 
-    ``dtype`` None keeps what is stored, FP8 writes blocks of 128 × 128 (with scales that are powers of two on request).
+    ``dtype`` None keeps what is stored, weights that are ``packed`` included; FP8 writes blocks of 128 × 128 (with
+    scales that are powers of two on request).
     ``repeat_shared`` repeats embedding and head under the MTP modules, where serving engines look for them.
     ``write_others`` adds what else belongs there, the tokenizer. A failure leaves nothing behind. Raises UserError
     where the layout cannot express the model or the disk is too small.
     """
     data = for_export(config, force=force)
     check_target(folder)
-    copies = repeated_names(config) if repeat_shared else {}
+    packing = packed if dtype is None else None
+    copies = repeated_names(config) if repeat_shared and not packing else {}
     copies = {name: original for name, original in copies.items() if name not in source and name != "lm_head.weight"}
     were_powers = config.scales_are_powers_of_two
-    recast = Recast(source, wanted, Plan(dtype), power_of_two=power_of_two, were_powers=were_powers, copies=copies)
+    recast = Recast(
+        source,
+        wanted,
+        Plan(dtype),
+        power_of_two=power_of_two,
+        were_powers=were_powers,
+        copies=copies,
+        packed=packed,
+        packing=packing,
+    )
     names = [name for file in source.files for name in recast.names(file)]
     shards = split([recast.group(name) for name in (*names, *copies)], shard_size)
     entries = [entry for shard in shards for entry in shard]
     total = sum(entry.nbytes for entry in entries)
-    dtypes = {entry.dtype for entry in entries}
-    if power_of_two and FP8 not in dtypes:
+    if power_of_two and not any(entry.dtype == FP8 for entry in entries):
         raise UserError("scales that are powers of two: nothing is written in FP8 blocks; expected fp8 for the dtype")
     check_space(folder, total)
-    data |= dtype_keys(dtypes, power_of_two=recast.power_of_two)
+    data |= dtype_keys(entries, config, kind_of(packing or {}), power_of_two=recast.power_of_two)
     counted = Counted(total, progress)
     with replace_folder(folder) as partial:
         write_json(partial / "config.json", data)
@@ -132,10 +145,15 @@ class Counted:
             self.progress(self.done, self.total)
 
 
-def dtype_keys(dtypes: set[torch.dtype], *, power_of_two: bool) -> dict[str, Any]:
-    """What config.json says of tensors in ``dtypes``."""
+def dtype_keys(
+    entries: Iterable[Entry], config: ModelConfig, kind: Kind | None, *, power_of_two: bool
+) -> dict[str, Any]:
+    """What config.json says of the dtypes of ``entries``, packed as ``kind``."""
     out: dict[str, Any] = {}
-    if FP8 in dtypes:
+    dtypes = {entry.dtype for entry in entries if kind is None or not entry.name.endswith(SCALES)}
+    if kind is not None:
+        out["quantization_config"] = settings(kind, config)
+    elif FP8 in dtypes:
         out["quantization_config"] = {
             "activation_scheme": "dynamic",
             "fmt": "e4m3",

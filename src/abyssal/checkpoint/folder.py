@@ -16,13 +16,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from abyssal.checkpoint.names import disk_tensors, stacked_name
+from abyssal.checkpoint.packing import kind_of, model_tensors, settings
 from abyssal.checkpoint.shards import WEIGHTS
 from abyssal.checkpoint.writer import Entry, write_shard
 from abyssal.config import ModelConfig, published_model_type, to_published
 from abyssal.errors import UserError
 from abyssal.kernels.adamw import merge
+from abyssal.kernels.packed import Kind
 from abyssal.model import Transformer
-from abyssal.model.quantized import refuse_packed
+from abyssal.model.quantized import packed_matrices
 
 
 def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
@@ -44,15 +46,19 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path}: not a readable safetensors file ({error})") from None
 
 
-def config_to_json(config: ModelConfig, dtype: torch.dtype) -> str:
-    """``config`` as config.json: in the published form where some published code computes it, else in our own."""
+def config_to_json(config: ModelConfig, dtype: torch.dtype, kind: Kind | None = None) -> str:
+    """``config`` as config.json: in the published form where some published code computes it, else in our own. ``kind``
+    is that of packed weights."""
+    about = {} if kind is None else {"quantization_config": settings(kind, config)}
     try:
         data = to_published(config, published_model_type(config))
         for key in ("quantization_config", "dtype"):  # they describe the file that this config came from
             data.pop(key, None)
-        data["torch_dtype"] = str(dtype).removeprefix("torch.")
+        data |= about | {"torch_dtype": str(dtype).removeprefix("torch.")}
     except UserError:
         data = config.model_dump()
+        data["published"].pop("quantization_config", None)
+        data["published"] |= about
     return json.dumps(data, indent=2) + "\n"
 
 
@@ -60,14 +66,13 @@ def save_model(model: Transformer, folder: Path, lows: Mapping[str, Tensor] | No
     """Writes config.json and model.safetensors into ``folder`` (which exists).
 
     ``lows``, by parameter name, are the other halves of those that hold half of an FP32 number
-    (:func:`abyssal.kernels.adamw.split`); these are written whole, each put together only when its turn comes. Raises
-    UserError for a model with packed weights.
+    (:func:`abyssal.kernels.adamw.split`); these are written whole, each put together only when its turn comes. Packed
+    weights are written as they are.
     """
-    refuse_packed(model)
-    dtype = model.model.embed_tokens.weight.dtype
-    (folder / "config.json").write_text(config_to_json(model.config, dtype), encoding="utf-8")
+    dtype, kind = model.model.embed_tokens.weight.dtype, kind_of(dict(packed_matrices(model)))
+    (folder / "config.json").write_text(config_to_json(model.config, dtype, kind), encoding="utf-8")
     if not lows:
-        write_tensors(dict(disk_tensors(model)), folder / WEIGHTS)
+        write_tensors(dict(model_tensors(model)), folder / WEIGHTS)
         return
     halves = {name: lows.get(stacked_name(name)) for name, _ in disk_tensors(model)}
     entries = [

@@ -1,5 +1,5 @@
 """A published checkpoint into a model: tensor by tensor from mapped files, straight into place, cast or
-quantised on the way.
+quantised on the way, or packed as it is stored.
 
 First everything is compared by names, shapes and dtypes alone (:func:`match`); only when all fits is memory taken. What
 is in memory then is the model, and of the files at most one shard's pages.
@@ -19,20 +19,29 @@ import torch
 from torch import Tensor, nn
 
 from abyssal.checkpoint.names import BIAS, SCALE, disk_tensors, is_derived, layer_of, repeated_names, stacked_name
+from abyssal.checkpoint.packing import (
+    SCALES,
+    check_packed_scales,
+    from_disk,
+    on_disk,
+    packings,
+    stored_kind,
+    wrong_packed,
+)
 from abyssal.checkpoint.recast import check_scales
-from abyssal.checkpoint.shards import Shards, tensor_names
+from abyssal.checkpoint.shards import DTYPES, Shards, tensor_names
 from abyssal.config import ModelConfig, MTPConfig, read_config
 from abyssal.errors import UserError
 from abyssal.kernels import fp8
-from abyssal.kernels.packed import Packed, quantize
+from abyssal.kernels.packed import Kind, Packed, dequantize, quantize
 from abyssal.model import Transformer
 from abyssal.model.fp8 import use_fp8
 from abyssal.model.quantized import packed_matrices, use_packed
 
 Progress = Callable[[int, int], None]
 """Called with bytes read so far and in all."""
-Weights = Literal["dense", "fp8", "int8", "int4"]
-"""What a model's weights are in memory."""
+Weights = Literal["auto", "dense", "fp8", "int8", "int4"]
+"""What a model's weights are in memory; auto: int8 or int4 where the checkpoint holds that, else dense."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +52,8 @@ class Match:
     """Tensors to be read, as the model has them; FP8 scales not among them."""
     quantized: set[str]
     """Those of them that are stored in FP8 blocks."""
+    packed: dict[str, Packed]
+    """Those of them that are stored packed, and how."""
     copies: dict[str, str]
     """What the checkpoint repeats (under MTP modules; a tied head), and of which tensor it is a copy."""
     absent: list[str]
@@ -55,7 +66,7 @@ def load_model(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     layers: int | Sequence[int] | None = None,
-    weights: Weights = "dense",
+    weights: Weights = "auto",
     allow_missing: Sequence[str] = (),
     threads: int = 1,
     progress: Progress | None = None,
@@ -64,11 +75,13 @@ def load_model(
 
     ``dtype`` None takes the embedding's (BF16 for the published FP8 files). ``layers`` reads the first so many, or just
     those listed, with embedding, norm and head: the others are empty places, and their files need not be there.
-    ``weights="fp8"`` keeps what is stored in FP8 blocks as it is and computes with it (abyssal.model.fp8); ``"dense"``
-    dequantises; ``"int8"`` and ``"int4"`` quantise every tensor as it is read, from the file's own numbers whatever
-    ``dtype`` is, so that the dense model is never in memory (abyssal.model.quantized). Tensors missing or left over are
-    an error unless a pattern of ``allow_missing`` names them; missing ones are drawn anew. ``threads`` read tensors
-    side by side.
+    ``weights="auto"`` keeps what is stored packed and is ``"dense"`` for other checkpoints. ``"fp8"`` keeps what is
+    stored in FP8 blocks as it is and computes with it (abyssal.model.fp8); ``"dense"`` dequantises, packed weights with
+    a warning. ``"int8"`` and ``"int4"`` quantise every tensor as it is read, from the file's own numbers whatever
+    ``dtype`` is, so that the dense model is never in memory (abyssal.model.quantized); from one to the other there is
+    no way.
+    Tensors missing or left over are an error unless a pattern of ``allow_missing`` names them; missing ones are drawn
+    anew. ``threads`` read tensors side by side.
 
     Raises UserError, before any weight is read, where a file is missing or damaged or tensors and config.json disagree.
     """
@@ -83,13 +96,14 @@ def load_model(
     if not isinstance(threads, int) or threads < 1:
         raise UserError(f"threads: {threads!r} is not a number from 1")
     config = read_model_config(folder)
+    held = _weights(weights, stored_kind(config, folder), folder)
     kept = kept_layers(layers, config)
     shards = Shards(folder, kept)
     with torch.device("meta"):
         model = Transformer(config)
     keep_layers(model, kept)
     found = match(model, shards, allow_missing)
-    if weights == "fp8":
+    if held == "fp8":
         if not found.quantized:
             raise UserError(
                 f"{folder}: weights='fp8' needs a checkpoint in FP8 blocks (….weight{SCALE}); convert it first: "
@@ -99,9 +113,9 @@ def load_model(
         whole -= {stacked_name(name) for name in (*found.names, *found.absent) if name not in found.quantized}
         whole.discard("lm_head.weight")  # as published; its dtype is the model's
         use_fp8(model, whole, power_of_two=config.scales_are_powers_of_two)
-    elif weights != "dense":
-        use_packed(model, weights)
-    if weights != "dense":
+    elif held != "dense":
+        use_packed(model, held)
+    if held != "dense":
         model.requires_grad_(False)  # no gradient passes through
     model.to(dtype or _dtype_of(shards))
     model.to_empty(device=device)
@@ -109,6 +123,20 @@ def load_model(
         model.lm_head.weight = model.model.embed_tokens.weight  # to_empty gave each of the two its own memory
     fill(model, shards, found, threads=threads, progress=progress)
     return model.eval()
+
+
+def _weights(wanted: Weights, stored: Kind | None, folder: Path) -> Literal["dense", "fp8"] | Kind:
+    """What ``wanted`` comes to for a checkpoint that is packed as ``stored``."""
+    if stored is None:
+        return "dense" if wanted == "auto" else wanted
+    if wanted == "dense":
+        warnings.warn(f"{folder}: its weights are {stored}; dequantised, and no more exact than that", stacklevel=3)
+    elif wanted not in ("auto", stored):
+        raise UserError(
+            f"{folder}: its weights are {stored} and not made {wanted} from that; expected {stored}, dense or auto, "
+            "or the checkpoint that it was made from"
+        )
+    return stored if wanted == "auto" else wanted
 
 
 def read_model_config(folder: Path) -> ModelConfig:
@@ -141,11 +169,13 @@ def load_into(model: Transformer, folder: Path) -> None:
 
 
 def match(model: Transformer, shards: Shards, allow_missing: Sequence[str] = ()) -> Match:
-    """Compares names, shapes and dtypes; ``model`` may be on the meta device.
+    """Compares names, shapes and dtypes; ``model`` (dense) may be on the meta device.
 
-    Raises UserError that lists the tensors missing, left over, of another shape, or in FP8 without their scales.
+    Raises UserError that lists the tensors missing, left over, of another shape, or in FP8 or packed without their
+    scales.
     """
     config = model.config
+    packed = packings(config, stored_kind(config, shards.folder))
     targets = dict(disk_tensors(model))
     quantized = {name for name, stored in shards.tensors.items() if stored.dtype == torch.float8_e4m3fn}
     left = {name for name in shards.tensors if not is_derived(name)}
@@ -164,7 +194,14 @@ def match(model: Transformer, shards: Shards, allow_missing: Sequence[str] = ())
             continue
         left.discard(name)
         stored = shards[name]
-        if stored.shape != tuple(target.shape):
+        if name in packed:
+            left.discard(name + SCALES)
+            wrong += wrong_packed(name, shards, packed[name])
+        elif stored.dtype == torch.uint8:
+            left.discard(name + SCALES)
+            known = ", ".join(key for key, dtype in DTYPES.items() if dtype != torch.uint8)
+            wrong.append(f"{name}: U8, and no quantization_config says that it is packed; expected one of {known}")
+        elif stored.shape != tuple(target.shape):
             wrong.append(f"{name}: shape {list(stored.shape)}, the config says {list(target.shape)}")
         elif name in quantized:
             left.discard(name + SCALE)
@@ -191,7 +228,9 @@ def match(model: Transformer, shards: Shards, allow_missing: Sequence[str] = ())
         told = [f"drawn anew: {_listed(absent)}"] * bool(absent) + [f"left out: {_listed(dropped)}"] * bool(dropped)
         warnings.warn(f"{shards.source}: {'; '.join(told)}", stacklevel=3)
     names = [name for name in targets if name in shards and not name.endswith(SCALE)]
-    return Match(names, quantized & targets.keys(), copies, absent)
+    return Match(
+        names, quantized & targets.keys(), {name: packed[name] for name in names if name in packed}, copies, absent
+    )
 
 
 def wanted_tensors(config: ModelConfig, shards: Shards, allow_missing: Sequence[str] = ()) -> set[str]:
@@ -211,27 +250,36 @@ def fill(
     """Reads what was matched into ``model``, one file after the other. Raises UserError where a copy under an MTP
     module is not equal to what it repeats."""
     targets = dict(disk_tensors(model))
-    packed = dict(packed_matrices(model))
+    places = dict(packed_matrices(model))
     total = sum(shards[name].nbytes for name in (*found.names, *found.copies))
     done = 0
 
     def read(file: Any, name: str) -> int:
         if name in found.copies:
-            _check_copy(file.get_tensor(name), name, found.copies[name], shards)
+            check_copy(file.get_tensor(name), name, found.copies[name], shards)
+        elif name in found.packed:
+            scales = _beside(file, shards, name, name + SCALES)
+            check_packed_scales(scales, name)
+            if name in places:
+                for (_, to), tensor in zip(on_disk(name, places[name]), (file.get_tensor(name), scales), strict=True):
+                    to.copy_(tensor)
+            else:
+                device = targets[name].device
+                held = from_disk(file.get_tensor(name).to(device), scales.to(device), found.packed[name])
+                targets[name].copy_(dequantize(held, targets[name].dtype))
         elif name not in found.quantized:
-            if name in packed:
-                _pack(file.get_tensor(name), packed[name])
+            if name in places:
+                _pack(file.get_tensor(name), places[name])
             else:
                 targets[name].copy_(file.get_tensor(name))
         else:
-            # Blocks and scales may lie in different files.
             scale = name + SCALE
-            scales = file.get_tensor(scale) if shards[scale].file == shards[name].file else shards.read(scale)
+            scales = _beside(file, shards, name, scale)
             check_scales(scales, name)
-            if name in packed:
-                device = packed[name].data.device
+            if name in places:
+                device = places[name].data.device
                 blocks = file.get_tensor(name).to(device)
-                _pack(fp8.dequantize(blocks, scales.to(device), torch.float32), packed[name])
+                _pack(fp8.dequantize(blocks, scales.to(device), torch.float32), places[name])
             elif targets[name].dtype == torch.float8_e4m3fn:
                 targets[name].copy_(file.get_tensor(name))
                 targets[scale].copy_(scales.float())
@@ -252,10 +300,10 @@ def fill(
     embedding = model.model.embed_tokens.weight
     generator = torch.Generator(embedding.device).manual_seed(0)
     for name in found.absent:
-        if name in packed:
-            drawn = embedding.new_empty(packed[name].shape)
+        if name in places:
+            drawn = embedding.new_empty(places[name].shape)
             _draw(drawn, name, model.config, generator)
-            _pack(drawn, packed[name])
+            _pack(drawn, places[name])
         else:
             _draw(targets[name], name, model.config, generator)
 
@@ -295,7 +343,14 @@ def _wrong_scale(name: str, shards: Shards) -> list[str]:
     return []
 
 
-def _check_copy(copy: Tensor, name: str, original: str, shards: Shards) -> None:
+def _beside(file: Any, shards: Shards, name: str, scale: str) -> Tensor:
+    """The scales of ``name``, which lies in ``file``; they may lie in another one."""
+    tensor: Tensor = file.get_tensor(scale) if shards[scale].file == shards[name].file else shards.read(scale)
+    return tensor
+
+
+def check_copy(copy: Tensor, name: str, original: str, shards: Shards) -> None:
+    """Raises UserError where ``copy``, stored as ``name``, is not what ``original`` is."""
     if shards[name].shape != shards[original].shape or not torch.equal(copy, shards.read(original)):
         raise UserError(
             f"{shards.source}: {name} differs from {original}; abyssal shares the two, as published, and would lose it "

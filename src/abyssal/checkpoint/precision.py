@@ -46,10 +46,11 @@ class Plan:
         return self.base
 
 
-def precision(name: str, field: str) -> torch.dtype:
-    """The dtype called ``name``. Raises UserError naming ``field``."""
+def precision(name: str, field: str, others: Sequence[str] = ()) -> torch.dtype:
+    """The dtype called ``name``. Raises UserError naming ``field`` and what there is, ``others`` too."""
     if name not in PRECISIONS:
-        raise UserError(f"{field}: {name!r} is not one of {', '.join(PRECISIONS)}{nearest(name, PRECISIONS)}")
+        known = (*PRECISIONS, *others)
+        raise UserError(f"{field}: {name!r} is not one of {', '.join(known)}{nearest(name, known)}")
     return PRECISIONS[name]
 
 

@@ -1,8 +1,9 @@
-"""A checkpoint's tensors in other dtypes, one at a time: cast, dequantised from FP8 blocks, or quantised to them."""
+"""A checkpoint's tensors in other dtypes, one at a time: cast, dequantised from FP8 blocks or packed weights, or
+quantised to them."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -10,11 +11,13 @@ import torch
 from torch import Tensor
 
 from abyssal.checkpoint.names import SCALE
+from abyssal.checkpoint.packing import check_packed_scales, from_disk, on_disk
 from abyssal.checkpoint.precision import FP8, Plan
 from abyssal.checkpoint.shards import Stored
 from abyssal.checkpoint.writer import Entry
 from abyssal.errors import UserError
 from abyssal.kernels import fp8
+from abyssal.kernels.packed import Packed, dequantize, quantize
 
 
 def check_scales(scale: Tensor, name: str) -> None:
@@ -41,7 +44,8 @@ class Recast:
 
     ``were_powers``: the scales of ``source`` are powers of two; new ones then are, too. ``power_of_two`` asks for such
     scales: where those of ``source`` are not, what is in FP8 already is quantised anew, else it stays as it is.
-    ``copies`` are names that do not exist yet and the tensors they repeat.
+    ``copies`` are names that do not exist yet and the tensors they repeat. ``packed`` says which tensors of ``source``
+    are packed and how, ``packing`` which of the result will be, whatever ``plan`` says; nothing beside them is in FP8.
     """
 
     def __init__(
@@ -53,6 +57,8 @@ class Recast:
         power_of_two: bool = False,
         were_powers: bool = False,
         copies: dict[str, str] | None = None,
+        packed: Mapping[str, Packed] | None = None,
+        packing: Mapping[str, Packed] | None = None,
     ) -> None:
         self.source = source
         self.wanted = wanted
@@ -60,23 +66,33 @@ class Recast:
         self.power_of_two = power_of_two or were_powers
         self.keep_blocks = were_powers or not power_of_two
         self.copies = copies or {}
+        self.packed = packed or {}
+        self.packing = packing or {}
 
     def names(self, file: str) -> list[str]:
         """What of ``file`` is written; scales are not listed."""
         return [name for name in self.source.names(file) if name in self.wanted]
 
     def group(self, name: str) -> list[Entry]:
-        """What the tensor ``name`` becomes: one entry, and one more for its scales where it will be FP8."""
+        """What the tensor ``name`` becomes: one entry, and one more for its scales where it will be FP8 or packed."""
         original = self.copies.get(name, name)
         stored = self.source[original]
-        entry = Entry(name, self.plan.dtype(original, stored.dtype), stored.shape)
+        if original in self.packing:
+            parts = on_disk(name, self.packing[original])
+            return [Entry(part, tensor.dtype, tuple(tensor.shape)) for part, tensor in parts]
+        shape = tuple(self.packed[original].shape) if original in self.packed else stored.shape
+        entry = Entry(name, self._dtype(original, stored.dtype), shape)
         if entry.dtype != FP8:
             return [entry]
-        if len(stored.shape) != 2:
-            raise UserError(f"{name}: shape {list(stored.shape)}; FP8 blocks need a matrix")
+        if len(shape) != 2:
+            raise UserError(f"{name}: shape {list(shape)}; FP8 blocks need a matrix")
         kept = stored.dtype == FP8 and self.keep_blocks
         scale_dtype = self.source[original + SCALE].dtype if kept else torch.float32
-        return [entry, Entry(name + SCALE, scale_dtype, fp8.scale_shape(stored.shape))]
+        return [entry, Entry(name + SCALE, scale_dtype, fp8.scale_shape(shape))]
+
+    def _dtype(self, original: str, stored: torch.dtype) -> torch.dtype:
+        dtype = self.plan.dtype(original, torch.bfloat16 if original in self.packed else stored)
+        return torch.bfloat16 if self.packing and dtype == FP8 else dtype
 
     def tensors(self, entries: Sequence[Entry]) -> Iterator[tuple[str, Tensor]]:
         """The tensors of ``entries`` (whole groups), one file after the other.
@@ -95,10 +111,28 @@ class Recast:
 
     def _one(self, name: str, original: str, opened: Any) -> Iterator[tuple[str, Tensor]]:
         tensor = opened.get_tensor(original)
-        target = self.plan.dtype(original, tensor.dtype)
-        if tensor.dtype == FP8:
-            together = self.source[original + SCALE].file == self.source[original].file
-            scale = (opened.get_tensor if together else self.source.read)(original + SCALE)
+        target = self._dtype(original, tensor.dtype)
+        packing = self.packing.get(original)
+        if original in self.packed:
+            parts = on_disk(original, self.packed[original])
+            scale = self._beside(original, parts[1][0], opened)
+            check_packed_scales(scale, original)
+            if packing is not None:
+                yield from zip((part for part, _ in on_disk(name, packing)), (tensor, scale), strict=True)
+                return
+            exact = target if target != FP8 else torch.float32
+            tensor = dequantize(from_disk(tensor, scale, self.packed[original]), exact)
+        if packing is not None:
+            if tensor.dtype == FP8:
+                scale = self._beside(original, original + SCALE, opened)
+                check_scales(scale, original)
+                tensor = fp8.dequantize(tensor, scale, torch.float32)
+            made = quantize(tensor, packing.kind)
+            if not made.scales.isfinite().all():
+                raise UserError(f"{original}: holds NaN or infinite numbers, which {packing.kind} cannot")
+            yield from on_disk(name, made)
+        elif tensor.dtype == FP8:
+            scale = self._beside(original, original + SCALE, opened)
             check_scales(scale, original)
             if target != FP8:
                 yield name, fp8.dequantize(tensor, scale, target)
@@ -114,6 +148,12 @@ class Recast:
             if target == torch.float16 and not cast.isfinite().all() and tensor.isfinite().all():
                 raise UserError(f"{original}: holds {tensor.abs().max().item():.3g}, too large for float16")
             yield name, cast
+
+    def _beside(self, name: str, scale: str, opened: Any) -> Tensor:
+        """The scales of ``name``, which lies in ``opened``; they may lie in another file."""
+        together = self.source[scale].file == self.source[name].file
+        tensor: Tensor = (opened.get_tensor if together else self.source.read)(scale)
+        return tensor
 
     def _quantized(self, name: str, original: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
         stored, scale = fp8.quantize(tensor, power_of_two=self.power_of_two)

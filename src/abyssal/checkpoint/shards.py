@@ -34,8 +34,9 @@ DTYPES = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E8M0": torch.float8_e8m0fnu,
+    "U8": torch.uint8,
 }
-"""The dtypes that weights and their scales are published in, by safetensors' names."""
+"""The dtypes that weights and their scales are stored in, by safetensors' names; U8 is for packed ones."""
 
 
 @dataclass(frozen=True)

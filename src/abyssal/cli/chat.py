@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from abyssal.cli.decoding import DraftsOption
 from abyssal.cli.loaded import (
     AllowMissingOption,
     DeviceOption,
@@ -44,6 +45,7 @@ COMMANDS = {
     "/retry": ("", "drop the last answer and draw another one"),
     "/set": ("[KEY=VALUE]", f"show or change how answers are drawn: {', '.join(SETTINGS)}"),
     "/save": ("FILE", "write the conversation as JSON into a new file"),
+    "/stats": ("", "what was computed so far, what the cache spared, and how often guesses were right"),
     "/help": ("", "this list"),
     "/exit": ("", "leave"),
 }
@@ -69,8 +71,9 @@ def chat_command(
         list[str] | None,
         typer.Option(metavar="KEY=VALUE", help="For the chat template, such as thinking=true; may be given again."),
     ] = None,
+    drafts: DraftsOption = None,
     dtype: DtypeOption = "auto",
-    weights: WeightsOption = "dense",
+    weights: WeightsOption = "auto",
     device: DeviceOption = "auto",
     allow_missing: AllowMissingOption = None,
 ) -> None:
@@ -94,7 +97,7 @@ def chat_command(
     if tokenizer.chat is not None:
         tokenizer.chat.check()
     terminal = sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
-    session = _Session(network, conversation, sampling, terminal)
+    session = _Session(network, conversation, sampling, terminal, drafts)
     if terminal:
         session.note(f"{model}: {session.context:,} tokens of context; /help lists the commands, Ctrl-D leaves")
     if tokenizer.chat is None:
@@ -111,11 +114,18 @@ def chat_command(
 class _Session:
     """A conversation, the model that answers, and where its words go."""
 
-    def __init__(self, network: Transformer, conversation: Conversation, sampling: Sampling, terminal: bool) -> None:
+    def __init__(
+        self,
+        network: Transformer,
+        conversation: Conversation,
+        sampling: Sampling,
+        terminal: bool,
+        drafts: int | None = None,
+    ) -> None:
         from abyssal.generation.engine import Engine
 
         # It keeps what was computed of the conversation: of the next turn only what is new is read.
-        self.engine = Engine(network, conversation.tokenizer)
+        self.engine = Engine(network, conversation.tokenizer, drafts=drafts)
         self.conversation = conversation
         self.sampling = sampling
         self.terminal = terminal
@@ -198,6 +208,10 @@ class _Session:
                 self._save(rest)
             case "/save":
                 self.note("/save FILE: which file?")
+            case "/stats":
+                from abyssal.cli.decoding import align, count_lines
+
+                self.note(align(count_lines(self.engine.metrics)))
             case "/help":
                 wide = max(len(f"{command} {argument}") for command, (argument, _) in COMMANDS.items())
                 lines = [f"{f'{name} {argument}':{wide}}  {help}" for name, (argument, help) in COMMANDS.items()]

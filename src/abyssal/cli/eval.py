@@ -39,7 +39,7 @@ def eval_command(
     ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Tasks: prompts through the chat template.")] = False,
     dtype: DtypeOption = "auto",
-    weights: WeightsOption = "dense",
+    weights: WeightsOption = "auto",
     device: DeviceOption = "auto",
     allow_missing: AllowMissingOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,

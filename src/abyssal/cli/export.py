@@ -27,6 +27,7 @@ def export_command(
 ) -> None:
     """Write a model as published checkpoints are: transformers, vLLM and SGLang read it."""
     from abyssal.checkpoint.load import read_model_config
+    from abyssal.checkpoint.packing import stored_kind
     from abyssal.checkpoint.shards import Shards
     from abyssal.checkpoint.writer import parse_size
     from abyssal.cli.loaded import byte_bars, parse_dtype
@@ -47,10 +48,13 @@ def export_command(
             progress=progress,
         )
     written = Shards(folder)
-    model_type = read_model_config(folder).published["model_type"]
+    config = read_model_config(folder)
+    model_type = config.published["model_type"]
     count = f"{len(written.files)} file{'s' if len(written.files) > 1 else ''}"
     say(f"{folder}: {model_type}, {len(written.tensors):,} tensors, {size(written.nbytes)} in {count}")
-    if model_type == "deepseek":
+    if (kind := stored_kind(config, folder)) is not None:
+        say(f"its weights stay {kind}, which abyssal alone reads; --dtype bf16 writes it for others")
+    elif model_type == "deepseek":
         say(
             "transformers has no code of its own for model_type deepseek (DeepSeekMoE-16B): there it needs DeepSeek's "
             "remote code; vLLM and abyssal read it as it is"
@@ -62,25 +66,28 @@ def export_command(
 def convert_command(
     source: Annotated[str, typer.Argument(metavar="SRC", help="A model folder, a run, or a name on the hub.")],
     target: Annotated[Path, typer.Argument(metavar="DST", help="A new folder.")],
-    to: Annotated[str, typer.Option(help="bf16, fp8, fp16 or fp32.")],
+    to: Annotated[
+        str, typer.Option(help="bf16, fp8, fp16 or fp32; int8 or int4: packed, for abyssal's own fast decoding.")
+    ],
     scales: ScalesOption = "fp32",
     allow_missing: AllowMissingOption = None,
 ) -> None:
     """Write a checkpoint in another dtype, one shard in memory at a time; interrupted, the same command goes on."""
+    from abyssal.checkpoint.packing import KINDS
     from abyssal.checkpoint.precision import precision
     from abyssal.checkpoint.shards import Shards
     from abyssal.cli.loaded import byte_bars
     from abyssal.cli.show import say, size
     from abyssal.exporting import convert
 
-    dtype = precision(to, "--to")
+    chosen = next((kind for kind in KINDS if kind == to), None) or precision(to, "--to", KINDS)
     power_of_two = _power_of_two(scales)
     try:
         with byte_bars("writing", "reading back") as (progress, verifying):
             convert(
                 source,
                 target,
-                dtype,
+                chosen,
                 power_of_two=power_of_two,
                 allow_missing=allow_missing or (),
                 progress=progress,

@@ -245,13 +245,19 @@ def _show_precision(model: str, config: ModelConfig, entries: list[str], as_json
 
 def _stored(model: str) -> dict[str, torch.dtype] | None:
     """The dtypes of the tensors in a folder or run; None for what has no weights on this disk."""
+    import torch
+
     from abyssal.checkpoint.shards import INDEX, WEIGHTS, Shards
+    from abyssal.errors import UserError
     from abyssal.loading import find
 
     folder = find(model) if Path(model).is_dir() else None
     if folder is None or not any((folder / name).is_file() for name in (INDEX, WEIGHTS)):
         return None
-    return {name: stored.dtype for name, stored in Shards(folder).tensors.items()}
+    dtypes = {name: stored.dtype for name, stored in Shards(folder).tensors.items()}
+    if torch.uint8 in dtypes.values():
+        raise UserError(f"--precision: {model} holds packed weights; give --plan, or what they were made from")
+    return dtypes
 
 
 def _columns(tensors: int, parameters: int, total: int | None, nbytes: int) -> tuple[str, ...]:

@@ -43,7 +43,7 @@ def lens_command(
         str, typer.Option(help="The field or column that holds the text of .jsonl and .parquet.")
     ] = "text",
     dtype: DtypeOption = "auto",
-    weights: WeightsOption = "dense",
+    weights: WeightsOption = "auto",
     device: DeviceOption = "auto",
     allow_missing: AllowMissingOption = None,
     open_: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,

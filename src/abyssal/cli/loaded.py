@@ -25,7 +25,8 @@ WeightsOption = Annotated[
     typer.Option(
         "--weights",
         "--quantize",
-        help="In memory: dense, as --dtype says; int8 or int4, quantised as they are read; fp8, the file's FP8 blocks.",
+        help="In memory: dense, as --dtype says; int8 or int4, quantised as they are read; fp8, the file's FP8 blocks; "
+        "auto: packed where the file is, else dense.",
     ),
 ]
 AllowMissingOption = Annotated[

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import textwrap
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -92,6 +93,7 @@ def plan_command(
     from abyssal.analysis.plan import Planner
     from abyssal.analysis.serving import InferencePlanner, Serving
     from abyssal.analysis.units import parse_count
+    from abyssal.checkpoint.packing import stored_kind
     from abyssal.errors import UserError
 
     sources = {name: ctx.get_parameter_source(name) for name in ctx.params}
@@ -126,7 +128,8 @@ def plan_command(
         adapters=_adapters(lora, qlora, adapt),
         nf4=qlora is not None,
     )
-    precision = weights or ("fp8" if config.published.get("quantization_config") else "bf16")
+    stored = stored_kind(config, Path(model)) or ("fp8" if config.published.get("quantization_config") else "bf16")
+    precision = weights or stored
     serving = Serving(precision, batch, context, chunk, cache)
     inventory = Inventory(config)
     out = Findings(model, wishes, amount, gpu_hour, figures)

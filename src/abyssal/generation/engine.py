@@ -13,9 +13,12 @@ An engine is used by one thread. Shapes: N tokens of a pass, V vocabulary.
 
 from __future__ import annotations
 
+import copy
+import logging
 import math
+from collections.abc import Iterator
 from collections.abc import Sequence as Items
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,8 +28,10 @@ from torch import Tensor
 
 from abyssal.data.tokenizer import Tokenizer
 from abyssal.errors import UserError
+from abyssal.generation.captured import CapturedPasses
 from abyssal.generation.grammar import Grammars
 from abyssal.generation.layout import lay_out
+from abyssal.generation.metrics import Metrics
 from abyssal.generation.pool import PagePool
 from abyssal.generation.prompts import absent_ids, check_ids, check_tokenizer, end_ids
 from abyssal.generation.sampling import Sampling, make_generators, not_finite, sample
@@ -35,6 +40,7 @@ from abyssal.generation.sequence import Logprobs, Sequence
 from abyssal.generation.speculative import TRIAL, Confirmed, cost_of_a_draft, draft, verify
 from abyssal.generation.text import Text
 from abyssal.model import Recorder, Transformer
+from abyssal.model.attention import Context
 from abyssal.model.cache import cached_shapes
 from abyssal.model.modes import evaluating
 from abyssal.model.paged import PagedCache, attends_by_row
@@ -70,7 +76,7 @@ class Engine:
         *,
         pages: int | None = None,
         page: int = PAGE,
-        chunk: int = 512,
+        chunk: int = 1024,
         most: int = 64,
         prefix_cache: bool = True,
         drafts: int | None = None,
@@ -95,6 +101,8 @@ class Engine:
             whole = -(-model.config.max_position_embeddings // page)
             pages = max(whole, _MEMORY // (values * weight.element_size() * layers * page))
         self.pool = PagePool(model.config, pages, page, layers=layers, dtype=weight.dtype, device=self.device)
+        width = min(-(-model.config.max_position_embeddings // page), pages)
+        self.passes = CapturedPasses(model, self.pool.pools, width, spare=pages)
         self.scheduler = Scheduler(
             self.pool, chunk=chunk, most=most, prefix_cache=prefix_cache, guesses=self.guesses, modules=modules
         )
@@ -102,12 +110,23 @@ class Engine:
         self.grammars = Grammars(tokenizer, self.ends, model.config.vocab_size)
         self._absent = absent_ids(model, tokenizer).to(self.device)
         self._by_row = attends_by_row(model.config)
-        self.drafted = self.accepted = 0
+        self._ended = Metrics()
 
     @property
     def busy(self) -> bool:
         """Whether there is anything to do."""
         return bool(self.scheduler.waiting or self.scheduler.running)
+
+    @property
+    def metrics(self) -> Metrics:
+        """What was done so far, for all sequences; a copy."""
+        out = copy.deepcopy(self._ended)
+        for sequence in (*self.scheduler.running, *self.scheduler.waiting):
+            out.add(sequence)
+        out.running, out.waiting = len(self.scheduler.running), len(self.scheduler.waiting)
+        out.pages, out.pages_in_use, out.page = self.pool.pages, self.pool.in_use, self.pool.page
+        out.bytes_a_token = sum(t[0].nbytes for layer in self.pool.pools for t in layer) // self.pool.page
+        return out
 
     def add(
         self,
@@ -120,8 +139,12 @@ class Engine:
         """Takes in a prompt of token ids; :meth:`step` continues it, held to the JSON ``schema`` where there is one.
 
         ``generator`` draws its tokens; without one, one is made from the sampling's seed. Raises UserError, and takes
-        nothing in, for ids outside the vocabulary, a prompt that is empty or leaves no room in the context, and a pool
-        that could not hold this sequence even alone.
+        nothing in, for ids outside the vocabulary, a prompt that is empty or leaves no room in the context, a pool that
+        could not hold this sequence even alone, and a schema that cannot be compiled. New tokens for which the context
+        has no room are none: the sequence ends there, ``finished`` by "length".
+
+        What fails for this sequence alone later on (broken logits, a schema that leads nowhere) ends it with
+        ``finished`` "error" and its message in ``error``; nothing else notices.
         """
         sampling = sampling or Sampling()
         ids = check_ids(tokens, self.model, "prompt")
@@ -139,13 +162,15 @@ class Engine:
         # What a schema allows hangs on every token before: guesses would have to be made under it.
         guesses = self.guesses if grammar is None else 0
         sequence = Sequence(ids, len(ids), sampling, generator, room, text, grammar=grammar, guesses=guesses)
+        if not self.busy:
+            self.passes.refresh()
         self.scheduler.waiting.append(sequence)
         return sequence
 
     def cancel(self, sequence: Sequence) -> None:
         """Ends a sequence here and now; its pages are free again. Nothing happens to one that has ended."""
         if sequence.finished is None:
-            self.scheduler.end(sequence, "cancelled")
+            self._end(sequence, "cancelled")
 
     @torch.inference_mode()
     def step(self, recorder: Recorder | None = None) -> list[Event]:
@@ -171,11 +196,18 @@ class Engine:
             tokens += w.tokens
             if w.draws:
                 rows += range(len(tokens) - 1 - (w.count - w.sequence.pending), len(tokens))
-        cache = PagedCache(self.pool.pools, ragged)
-        hidden = self.model.hidden(torch.tensor([tokens], device=self.device), cache=cache, recorder=recorder)
-        # The head on the rows that count: a long prompt's logits at every position would be the largest tensor here.
-        logits: Tensor = self.model.lm_head(hidden[0, rows])
+        given = torch.tensor([tokens], device=self.device)
+        if recorder is None and len(rows) == len(tokens):
+            hidden, logits = self.passes.run("step", self._decode, [self.model.model.embed_tokens(given)], ragged)
+        else:
+            hidden = self.model.hidden(given, cache=PagedCache(self.pool.pools, ragged), recorder=recorder)
+            # The head on rows that count: a long prompt's logits at every position would be the largest tensor here.
+            logits = self.model.lm_head(hidden[0, rows])
         return hidden, logits.masked_fill(self._absent, float("-inf"))
+
+    def _decode(self, inputs: list[Tensor], context: Context, cache: PagedCache) -> list[Tensor]:
+        hidden = self.model.through_blocks(inputs[0], context, cache=cache)
+        return [hidden, self.model.lm_head(hidden[0])]
 
     # postprocess
 
@@ -197,7 +229,7 @@ class Engine:
                 confirmed.append(Confirmed(s, start, s.computed, slice(row, row + s.computed - start), s in chosen))
             row += w.count
         if confirmed:
-            draft(self.model, self.pool, confirmed, states, self._absent, self._by_row)
+            draft(self.model, self.pool, self.passes, confirmed, states, self._absent, self._by_row)
         for w in work:
             if w.sequence.finished is None:
                 self.scheduler.publish(w.sequence)
@@ -205,25 +237,37 @@ class Engine:
 
     def _draw(self, drawing: list[Work], logits: Items[Tensor]) -> list[list[int] | None]:
         """What follows each sequence, one token or more where it had drafts; None, and an error for the sequence, where
-        ``logits`` [1 + drafts, V] are not finite."""
+        that fails: ``logits`` [1 + drafts, V] that are not finite, a schema that leads nowhere."""
         out: list[list[int] | None] = [None] * len(drawing)
         groups: dict[Sampling, list[int]] = {}
         for number, (w, rows) in enumerate(zip(drawing, logits, strict=True)):
             s, best = w.sequence, rows.amax(-1).min().item()
-            if s.grammar is not None and math.isfinite(best):
-                rows.masked_fill_(~s.grammar.allowed().to(rows.device), float("-inf"))
-            if not math.isfinite(best):
-                s.error = not_finite("the largest", best)
-                continue
-            if s.drafts:
-                out[number] = verify(rows, s)
-                self._judge(s, len(out[number] or ()) - 1)
-            else:
-                groups.setdefault(s.sampling, []).append(number)
-        for sampling, numbers in groups.items():
-            members = [drawing[number].sequence for number in numbers]
+            with _its_own_affair(s):
+                if not math.isfinite(best):
+                    raise UserError(not_finite("the largest", best))
+                if s.grammar is not None:
+                    rows.masked_fill_(~s.grammar.allowed().to(rows.device), float("-inf"))
+                    if not rows.amax().isfinite():
+                        raise UserError("schema: none of the tokens that may come next is one of the model's")
+                if s.drafts:
+                    out[number] = verify(rows, s)
+                    self._judge(s, len(out[number] or ()) - 1)
+                else:
+                    groups.setdefault(s.sampling, []).append(number)
+        batches = list(groups.values())
+        while batches:
+            numbers = batches.pop()
+            sequences = [drawing[number].sequence for number in numbers]
             last = torch.cat([logits[number] for number in numbers])
-            chosen = sample(last, [s.tokens for s in members], sampling, [s.generator for s in members])
+            try:
+                seen, own = [s.tokens for s in sequences], [s.generator for s in sequences]
+                chosen = sample(last, seen, sequences[0].sampling, own)
+            except UserError as error:  # one's filters led out of FP32; nothing is drawn yet
+                if len(numbers) > 1:
+                    batches += [[number] for number in numbers]
+                else:
+                    sequences[0].error = str(error)
+                continue
             for number, token in zip(numbers, chosen.tolist(), strict=True):
                 out[number] = [token]
         return out
@@ -233,38 +277,55 @@ class Engine:
         the sequence itself has seen alone: its tokens must not depend on others', nor on the clock."""
         for depth in range(len(sequence.drafts)):
             sequence.count(depth, depth < accepted)
-        self.drafted += len(sequence.drafts)
-        self.accepted += accepted
         if sequence.drafted[0] >= TRIAL and sequence.accepted[0] < self._worth * sequence.drafted[0]:
             sequence.guesses = 0
 
     def _take(self, sequence: Sequence, tokens: list[int] | None, told: Tensor | None) -> Event:
-        """Adds what was drawn; ``told`` [., V] are log-probabilities, where they are wanted."""
-        if tokens is None:
-            self.scheduler.end(sequence, "error")
-            return Event(sequence, [], "")
+        """Adds what was drawn, None where that failed; ``told`` [., V] are log-probabilities, where they are wanted."""
         taken: list[int] = []
         text = ""
+        reason = None
         sequence.drafts = []
-        for row, token in enumerate(tokens):
-            if token in self.ends:
-                self.scheduler.end(sequence, "stop")
+        with _its_own_affair(sequence):
+            for row, token in enumerate(tokens or ()):
+                if token in self.ends:
+                    reason = "stop"
+                    break
+                taken.append(token)
+                sequence.tokens.append(token)
+                if told is not None:
+                    likeliest = told[row].topk(min(sequence.sampling.logprobs or 0, told.shape[1]))
+                    pairs = zip(likeliest.indices.tolist(), likeliest.values.tolist(), strict=True)
+                    sequence.logprobs.append(Logprobs(told[row, token].item(), list(pairs)))
+                text += sequence.text.push(token)
+                if sequence.grammar is not None:
+                    sequence.grammar.take(token)
+                if sequence.text.stopped or (sequence.grammar is not None and sequence.grammar.complete):
+                    reason = "stop"
+                    break
+                if len(sequence.tokens) == sequence.room:
+                    reason = "length"
+                    break
+            if reason is not None:
                 text += sequence.text.finish()
-                break
-            taken.append(token)
-            sequence.tokens.append(token)
-            if told is not None:
-                likeliest = told[row].topk(min(sequence.sampling.logprobs or 0, told.shape[1]))
-                pairs = zip(likeliest.indices.tolist(), likeliest.values.tolist(), strict=True)
-                sequence.logprobs.append(Logprobs(told[row, token].item(), list(pairs)))
-            text += sequence.text.push(token)
-            if sequence.grammar is not None:
-                sequence.grammar.take(token)
-            if sequence.text.stopped or (sequence.grammar is not None and sequence.grammar.complete):
-                self.scheduler.end(sequence, "stop")
-                break
-            if len(sequence.tokens) == sequence.room:
-                self.scheduler.end(sequence, "length")
-                text += sequence.text.finish()
-                break
+        if sequence.error is not None:
+            reason = "error"
+        if reason is not None:
+            self._end(sequence, reason)
         return Event(sequence, taken, text)
+
+    def _end(self, sequence: Sequence, reason: str) -> None:
+        self.scheduler.end(sequence, reason)
+        self._ended.add(sequence)
+
+
+@contextmanager
+def _its_own_affair(sequence: Sequence) -> Iterator[None]:
+    """Within, what fails is an error of ``sequence`` and of no other."""
+    try:
+        yield
+    except UserError as error:
+        sequence.error = str(error)
+    except Exception as error:
+        logging.getLogger(__name__).exception("a request failed")  # a bug of ours, to be seen; the others go on
+        sequence.error = f"{type(error).__name__}: {' '.join(str(error).split())}"

@@ -12,7 +12,10 @@ from abyssal.errors import UserError, nearest
 from abyssal.generation.engine import PAGE, Engine
 from abyssal.generation.prompts import are_ids, prompt_ids
 from abyssal.generation.sampling import Sampling, make_generators
+from abyssal.generation.sequence import Sequence
 from abyssal.model import Transformer
+
+MOST = 64  # prompts that are worked on at a time
 
 
 @overload
@@ -23,6 +26,8 @@ def generate(
     sampling: Sampling | None = None,
     *,
     add_bos: bool = True,
+    schema: str | dict[str, Any] | None = None,
+    drafts: int | None = None,
     **overrides: Any,
 ) -> str: ...
 
@@ -35,6 +40,8 @@ def generate(
     sampling: Sampling | None = None,
     *,
     add_bos: bool = True,
+    schema: str | dict[str, Any] | None = None,
+    drafts: int | None = None,
     **overrides: Any,
 ) -> list[str]: ...
 
@@ -46,6 +53,8 @@ def generate(
     sampling: Sampling | None = None,
     *,
     add_bos: bool = True,
+    schema: str | dict[str, Any] | None = None,
+    drafts: int | None = None,
     **overrides: Any,
 ) -> str | list[str]:
     """The text that follows each prompt, without the prompt.
@@ -53,7 +62,9 @@ def generate(
     One prompt gives a string, a list of them a list (an empty list an empty one). A prompt is a string, which gets
     the tokenizer's BOS in front where its generation has one there (``add_bos``, ``Tokenizer.adds_bos``), or a list of
     token ids, which is taken as it is; the answer is text for both. ``overrides`` are fields of :class:`Sampling` that
-    go before those of ``sampling``: ``generate(model, tokenizer, "Once", temperature=0)``.
+    go before those of ``sampling``: ``generate(model, tokenizer, "Once", temperature=0)``. Every text is held to
+    the JSON ``schema`` where there is one, though max_new_tokens may end it before it is complete. ``drafts`` is as for
+    :class:`Engine`.
 
     A sequence ends at EOS (the tokenizer's, and those of the model's config), before a stop string, after
     max_new_tokens, or where prompt and new tokens fill the context (config.max_position_embeddings), whichever comes
@@ -64,14 +75,15 @@ def generate(
     The model is run in eval mode, and is as before afterwards; torch's global random state is not touched. Raises
     UserError for a Sampling field that is unknown or has no valid value, an empty prompt without BOS, a token id
     outside the model's vocabulary, a prompt that leaves no room in the context, a tokenizer larger than the model's
-    vocabulary, and logits that are not finite.
+    vocabulary, logits that are not finite, a schema that cannot be compiled, and drafts without MTP modules.
     """
     sampling = _settings(sampling, overrides)
     several = isinstance(prompts, list | tuple) and not (prompts and are_ids(prompts))
     ids = prompt_ids(model, tokenizer, prompts if several else [prompts], several, add_bos)
     texts = [""] * len(ids)
-    for index, piece in _pieces(model, tokenizer, ids, sampling):
-        texts[index] += piece
+    if ids:
+        for index, piece in _pieces(*prepare(model, tokenizer, ids, sampling, schema=schema, drafts=drafts)):
+            texts[index] += piece
     return texts if several else texts[0]
 
 
@@ -82,6 +94,8 @@ def stream(
     sampling: Sampling | None = None,
     *,
     add_bos: bool = True,
+    schema: str | dict[str, Any] | None = None,
+    drafts: int | None = None,
     **overrides: Any,
 ) -> Iterator[str]:
     """:func:`generate` for one prompt, its text in pieces as they come; joined, they are what ``generate`` returns.
@@ -91,20 +105,31 @@ def stream(
     """
     sampling = _settings(sampling, overrides)
     ids = prompt_ids(model, tokenizer, [prompt], False, add_bos)
-    return (piece for _, piece in _pieces(model, tokenizer, ids, sampling) if piece)
+    prepared = prepare(model, tokenizer, ids, sampling, schema=schema, drafts=drafts)
+    return (piece for _, piece in _pieces(*prepared) if piece)
 
 
-def _pieces(
-    model: Transformer, tokenizer: Tokenizer, ids: list[list[int]], sampling: Sampling
-) -> Iterator[tuple[int, str]]:
-    """Index of a sequence and the next piece of its text, perhaps empty."""
-    if not ids:
-        return
+def prepare(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    ids: list[list[int]],
+    sampling: Sampling,
+    *,
+    schema: str | dict[str, Any] | None = None,
+    drafts: int | None = None,
+) -> tuple[Engine, list[Sequence]]:
+    """An engine that has taken in the prompts ``ids``, of which there is at least one, with pages for as many as it
+    works on at a time; and its sequences, in their order. Raises as :func:`generate` does."""
     context = model.config.max_position_embeddings
-    pages = sum(-(-min(len(prompt) + sampling.max_new_tokens, context) // PAGE) for prompt in ids)
-    engine = Engine(model, tokenizer, pages=pages, most=len(ids), prefix_cache=False)
+    needed = sorted(-(-min(len(prompt) + sampling.max_new_tokens, context) // PAGE) for prompt in ids)[-MOST:]
+    engine = Engine(model, tokenizer, pages=sum(needed), most=len(needed), prefix_cache=len(ids) > 1, drafts=drafts)
     generators = make_generators(sampling.seed, len(ids), engine.device)
-    sequences = [engine.add(prompt, sampling, generator=g) for prompt, g in zip(ids, generators, strict=True)]
+    pairs = zip(ids, generators, strict=True)
+    return engine, [engine.add(prompt, sampling, generator=g, schema=schema) for prompt, g in pairs]
+
+
+def _pieces(engine: Engine, sequences: list[Sequence]) -> Iterator[tuple[int, str]]:
+    """Index of a sequence and the next piece of its text, perhaps empty."""
     index = {sequence: number for number, sequence in enumerate(sequences)}
     while engine.busy:
         for event in engine.step():

@@ -31,10 +31,16 @@ class Grammars:
         except ImportError:
             raise UserError("schema: text held to a schema needs llguidance: pip install 'abyssal[serve]'") from None
         try:
-            text = schema if isinstance(schema, str) else json.dumps(schema)
+            read = json.loads(schema) if isinstance(schema, str) else schema
+            text = json.dumps(read, allow_nan=False)
+        except (ValueError, TypeError, RecursionError) as error:
+            raise UserError(f"schema: not JSON: {error}") from None
+        if not isinstance(read, dict):
+            raise UserError(f'schema: {text[:40]} is no JSON schema; expected an object, such as {{"type": "object"}}')
+        try:
             grammar = LLMatcher.grammar_from_json_schema(text, defaults={"whitespace_pattern": _BLANKS})
         except ValueError as error:
-            raise UserError(f"schema: not JSON: {error}") from None
+            raise UserError(f"schema: {' '.join(str(error).split())}") from None
         return Grammar(LLMatcher(self._tokens, grammar, log_level=0), self.vocabulary)
 
     @functools.cached_property

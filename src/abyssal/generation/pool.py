@@ -47,8 +47,8 @@ class PagePool:
         device: torch.device,
     ) -> None:
         self.page, self.pages = page, pages
-        self.pools = make_pools(config, pages, page, layers=layers, dtype=dtype, device=device)
-        """[layer][tensor], [pages, page, …] each."""
+        self.pools = make_pools(config, pages + 1, page, layers=layers, dtype=dtype, device=device)
+        """[layer][tensor], [pages + 1, page, …] each; the last page is nobody's, for rows that fill a pass up."""
         self.root = Node(-1, (), None)
         self._free = list(range(pages))[::-1]
         self._holders = [0] * pages

@@ -3,6 +3,7 @@ trained."""
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from numbers import Integral
 from typing import Any
@@ -37,7 +38,10 @@ def prompt_ids(
 def check_ids(tokens: Sequence[int], model: Transformer, name: str) -> list[int]:
     """``tokens`` as a list. Raises UserError, naming ``name``, where the model could not continue them."""
     vocabulary, context = model.config.vocab_size, model.config.max_position_embeddings
-    ids = [int(token) for token in tokens]
+    try:
+        ids = [operator.index(token) for token in tokens]
+    except TypeError:
+        raise UserError(f"{name}: a {type(tokens).__name__}; expected token ids, whole numbers") from None
     if not ids:
         raise UserError(f"{name}: empty, with no BOS in front; expected at least one token")
     for token in ids:

@@ -20,11 +20,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from abyssal.generation.captured import CapturedPasses
 from abyssal.generation.layout import Span, lay_out
 from abyssal.generation.pool import PagePool
 from abyssal.generation.sampling import filter_logits, sample
 from abyssal.generation.sequence import Draft, Sequence
 from abyssal.model import Transformer
+from abyssal.model.attention import Context
 from abyssal.model.block import Block
 from abyssal.model.paged import PagedCache
 
@@ -74,6 +76,7 @@ def verify(logits: Tensor, sequence: Sequence) -> list[int]:
 def draft(
     model: Transformer,
     pool: PagePool,
+    passes: CapturedPasses,
     confirmed: Items[Confirmed],
     states: Tensor,
     absent: Tensor,
@@ -102,7 +105,7 @@ def draft(
                 for text, c in zip(known, order, strict=True)
                 for position in range(c.start, c.end)
             ]
-            hidden = _through(model, depth, pool, spans, hidden, tokens, by_row)
+            hidden = _through(model, depth, pool, passes, spans, hidden, tokens, by_row)
             ahead = hidden[:, last]
         else:
             going_on = [row for row, s in enumerate(sequences) if s.wanted > depth]
@@ -111,7 +114,8 @@ def draft(
             ahead, sequences = ahead[:, going_on], [sequences[row] for row in going_on]
             position = [len(s.tokens) - 2 + depth - modules + 1 for s in sequences]
             single = [Span(s.pages, p, p + 1) for s, p in zip(sequences, position, strict=True)]
-            ahead = _through(model, modules - 1, pool, single, ahead, [s.drafts[-1].token for s in sequences], by_row)
+            guessed = [s.drafts[-1].token for s in sequences]
+            ahead = _through(model, modules - 1, pool, passes, single, ahead, guessed, by_row)
         logits = model.lm_head(ahead[0]).masked_fill(absent, float("-inf"))
         for row, sequence in enumerate(sequences):
             if sequence.wanted <= depth:
@@ -127,13 +131,21 @@ def _through(
     model: Transformer,
     depth: int,
     pool: PagePool,
+    passes: CapturedPasses,
     spans: Items[Span],
     hidden: Tensor,
     tokens: list[int],
     by_row: bool,
 ) -> Tensor:
-    cache = PagedCache(pool.pools, lay_out(spans, pool.page, hidden.device, by_row))
-    return model.draft_hidden(depth, hidden, torch.tensor([tokens], device=hidden.device), cache)
+    embedding = model.model.embed_tokens(torch.tensor([tokens], device=hidden.device))
+
+    def compute(inputs: list[Tensor], context: Context, cache: PagedCache) -> list[Tensor]:
+        before, embedded = inputs
+        return [model.draft_hidden(depth, before, embedded, context, cache)]
+
+    ragged = lay_out(spans, pool.page, hidden.device, by_row)
+    (out,) = passes.run(("draft", depth), compute, [hidden, embedding], ragged)
+    return out
 
 
 def _guess(logits: Tensor, sequence: Sequence) -> Draft | None:

@@ -2,15 +2,18 @@
 
 At batch 1 the time of a step is that of reading the weights once, and plain PyTorch reads them at a third of the speed
 that memory has (docs/notebook.md). Where the tensors allow it, each operation here is one call of compiled code
-(kernels/native_decode.cpp): on a CPU, contiguous, FP32 or BF16, no gradients wanted, few rows. Otherwise it is plain
-PyTorch; what it computes stands in the ``_reference`` beside it.
+(kernels/native_decode.cpp): on a CPU, contiguous, FP32 or BF16, no gradients wanted, few rows. On a GPU experts
+and attention are Triton's (kernels/decode_gpu.py). Otherwise it is plain PyTorch; what it computes stands in the
+``_reference`` beside it. All of a step's calls together can be recorded and run again as one
+(:mod:`abyssal.kernels.tape`); so nothing here copies or converts where compiled code runs.
 
 :class:`Linear`, :class:`MLP` and :class:`Experts` get their weights ready once: when weights have just gone through the
 cache, Python's own code comes from memory too, and each line that a call runs counts. They keep the weights they were
 given, not a copy; a weight whose memory is replaced (``weight.data = …``) needs a new one.
 
 A matrix is a tensor or :class:`~abyssal.kernels.packed.Packed`. Results have the dtype of ``x``. With packed weights
-the compiled code rounds activations to int8 too, in groups of 32 (as llama.cpp does); plain PyTorch does not.
+the compiled code rounds activations to int8 too, in groups of 32 (as llama.cpp does), or, where there is AMX and there
+are more than four rows, weights and activations to BF16; plain PyTorch does not.
 
 Shapes: N rows (tokens), I inputs, O outputs, D hidden, F expert width, E experts, K experts a token, H heads, C latent,
 R rotary dims, V value dims, P pages in the pool. A page holds ``page`` tokens of one layer; token t of sequence n lies
@@ -19,6 +22,8 @@ in page ``block_table[n, t // page]`` at t % page.
 
 from __future__ import annotations
 
+import os
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -27,7 +32,9 @@ from torch import Tensor
 
 from abyssal.kernels import fused, grouped, native
 from abyssal.kernels.attention import attention
+from abyssal.kernels.heads import Tables, rotate
 from abyssal.kernels.packed import Packed, dequantize
+from abyssal.kernels.tape import recording
 
 Matrix = Tensor | Packed
 
@@ -40,11 +47,11 @@ def few(x: Tensor, assignments: int = 0) -> bool:
     """Whether what stands here is the way to multiply ``x`` [..., I]: few rows, as in decoding, and no gradient."""
     return (
         not torch.is_grad_enabled()
-        and x.is_cpu
+        and x.device.type in ("cpu", "cuda")
         and 0 < x.numel() <= _ROWS * x.shape[-1]
         and assignments <= _ASSIGNMENTS
         and not torch.compiler.is_compiling()
-        and not torch.is_autocast_enabled("cpu")
+        and not torch.is_autocast_enabled(x.device.type)
     )
 
 
@@ -67,6 +74,8 @@ class _Compiled:
             return None
         if not x.is_cpu or not x.is_contiguous() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
             return None
+        if (tape := recording()) is not None:
+            tape.keep(self)
         return self.functions.get(x.dtype)
 
 
@@ -107,7 +116,7 @@ class Linear:
             return F.linear(x, dense(self.weight, x.dtype), self.bias)
         out = x.new_empty((*leading, self.outputs))
         function(compiled.address, x.data_ptr(), out.data_ptr(), rows, torch.get_num_threads())
-        return out if self.bias is None else out.add_(self.bias)
+        return out if self.bias is None else add(out, self.bias)
 
 
 def dense(weight: Matrix, dtype: torch.dtype) -> Tensor:
@@ -168,7 +177,12 @@ class Experts:
                 f"wanted [N, {self.hidden}], [N, K], [N, K]"
             )
         if not 0 < rows <= _ROWS or rows * choices > _ASSIGNMENTS or (function := self.compiled.function(x)) is None:
-            out = self._routed(x, indices, weights)
+            gpu = None if isinstance(self.gate_up, Packed) else _gpu(x, self.gate_up, self.down)
+            out = (
+                self._routed(x, indices, weights)
+                if gpu is None
+                else gpu.experts(x, indices, weights, self.gate_up, self.down)
+            )
             return out if self.shared is None else out + self.shared(x)
         if indices.dtype != torch.int64 or not indices.is_contiguous():
             indices = indices.long().contiguous()
@@ -209,6 +223,76 @@ def _one(weight: Matrix, expert: int, dtype: torch.dtype) -> Tensor:
     if isinstance(weight, Packed):
         return dequantize(Packed(weight.data[expert], weight.scales[expert], weight.kind, weight.shape[1:]), dtype)
     return weight[expert].to(dtype)
+
+
+def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """:func:`~abyssal.kernels.fused.rms_norm` of a few rows ``x`` [..., D], in their dtype."""
+    return native.norm(x, weight, eps) if _runs(x, weight) else fused.rms_norm(x, weight, eps, x.dtype)
+
+
+def add(a: Tensor, b: Tensor) -> Tensor:
+    """``a`` [..., W] + ``b``, of the same shape or [W]."""
+    fits = b.shape in (a.shape, a.shape[-1:]) and a.dtype == b.dtype
+    return native.add(a, b) if fits and few(a) and _runs(a, b) else a + b
+
+
+def join(a: Tensor, b: Tensor) -> Tensor:
+    """``a`` and ``b``, of one shape [..., W], side by side: [..., 2W]."""
+    return native.join(a, b) if few(a) and a.dtype == b.dtype and _runs(a, b) else torch.cat((a, b), dim=-1)
+
+
+def routes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether :func:`route` takes these."""
+    return few(x) and _runs(x, weight) and (bias is None or (bias.dtype == torch.float32 and bias.is_contiguous()))
+
+
+def route(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    choices: int,
+    groups: int,
+    kept: int,
+    best_two: bool,
+    sigmoid: bool,
+    normalized: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A router in one call (:meth:`abyssal.model.router.Router.forward` is its account in PyTorch): ``x`` [..., D],
+    ``weight`` [E, D], ``bias`` [E] FP32 -> indices [..., K] int64, weights [..., K] FP32, scores [..., E] FP32.
+
+    ``kept`` of ``groups`` groups may be chosen from; one counts by its best, or by the sum of its ``best_two``.
+    """
+    rules = native.Router(x.shape[-1], weight.shape[0], choices, groups, kept, sigmoid, best_two, normalized, scale)
+    out = native.route(x.view(-1, x.shape[-1]), weight, bias, rules)
+    indices, weights, scores = (y.view(*x.shape[:-1], y.shape[-1]) for y in out)
+    return indices, weights, scores
+
+
+def write_latents(
+    kv: Tensor, weight: Tensor, eps: float, tables: Tables, interleaved: bool, slots: Tensor, pool: Tensor
+) -> None:
+    """Puts new tokens' latents and rotary keys into the cache (V3 paper eq. 1 and 3): ``kv`` [N, C + R] as
+    kv_a_proj_with_mqa gives it, ``weight`` [C] of the latents' norm, ``tables`` [1, N, 1, R/2] of their positions,
+    ``slots`` [N] int64 places in ``pool`` [P, page, C + R]."""
+    cos, sin = tables
+    places = pool.flatten(0, 1)
+    if cos.dtype == sin.dtype == torch.float32 and pool.dtype == kv.dtype and _runs(kv, weight, pool, cos, sin):
+        return native.write_latents(kv, weight, eps, cos, sin, slots, places, interleaved)
+    latent, rotary = kv.split((weight.shape[0], kv.shape[1] - weight.shape[0]), dim=-1)
+    latent = fused.rms_norm(latent, weight, eps, kv.dtype)
+    rotary = rotate(rotary[None, :, None], tables, interleaved)[0, :, 0]
+    places.index_copy_(0, slots, torch.cat((latent, rotary), dim=-1).to(pool.dtype))
+    return None
+
+
+def write_rows(x: Tensor, slots: Tensor, pool: Tensor) -> None:
+    """Puts ``x`` [N, ...] at ``slots`` [N] int64 of ``pool`` [P, page, ...]."""
+    if x.dtype == pool.dtype and _runs(x, pool):
+        return native.write_rows(x.flatten(1), slots, pool.flatten(0, 1).flatten(1))
+    pool.flatten(0, 1).index_copy_(0, slots, x.to(pool.dtype))
+    return None
 
 
 def absorb(q: Tensor, kv_b: Tensor, nope: int, value: int) -> Tensor:
@@ -255,6 +339,9 @@ def latent_attention(
     _same("attention: rows of block_table and lengths", (len(block_table), len(lengths)), (len(q), len(q)))
     if _pages(q, pages) and latent <= q.shape[2]:
         return native.paged_attention(q, pages, None, _int32(block_table), _int32(lengths), scale, latent)
+    if (gpu := _gpu(q, pages)) is not None:
+        out: Tensor = gpu.latent_attention(q, pages, block_table, lengths, scale, latent)
+        return out
     values = pages[..., :latent]
     return paged_attention_plain(q, pages.unsqueeze(2), values.unsqueeze(2), block_table, lengths, scale)
 
@@ -271,6 +358,9 @@ def paged_attention(
     if _pages(q, keys, values):
         width = values.shape[3]
         return native.paged_attention(q, keys, values, _int32(block_table), _int32(lengths), scale, width)
+    if (gpu := _gpu(q, keys, values)) is not None:
+        out: Tensor = gpu.paged_attention(q, keys, values, block_table, lengths, scale)
+        return out
     return paged_attention_plain(q, keys, values, block_table, lengths, scale)
 
 
@@ -320,6 +410,18 @@ def _runs(*tensors: Tensor) -> bool:
         if not x.is_contiguous() or (x.requires_grad and torch.is_grad_enabled()):
             return False
     return _takes(*tensors)
+
+
+def _gpu(*tensors: Tensor | Packed) -> ModuleType | None:
+    """The Triton kernels, where they take ``tensors``. They can be captured in a CUDA graph, so a number that is out of
+    bounds cannot raise there: it makes a NaN."""
+    dense = [x for x in tensors if isinstance(x, Tensor)]
+    if len(dense) < len(tensors) or not (dense[0].is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
+        return None
+    from abyssal.kernels import decode_gpu, gpu  # Triton takes a second to import, and is not everywhere
+
+    wanted = torch.is_grad_enabled() and any(x.requires_grad for x in dense)
+    return decode_gpu if not wanted and gpu.supports(*dense) else None
 
 
 def _pages(q: Tensor, *pools: Tensor) -> bool:

@@ -56,6 +56,13 @@ def turn_heads(x: Tensor, tables: Tables, interleaved: bool) -> Tensor:
     return out
 
 
+def turn_rows(x: Tensor, tables: Tables, interleaved: bool) -> Tensor:
+    """The same for rows that stay where they are: ``x`` [N, H, N' + R], ``tables`` [1, N, 1, R/2], one shape out."""
+    count = x.shape[0]
+    cos, sin = (y.view(count, 1, 1, -1) for y in tables)
+    return turn_heads(x.unsqueeze(1), (cos, sin), interleaved).squeeze(2)
+
+
 def turn_heads_reference(x: Tensor, tables: Tables, interleaved: bool) -> Tensor:
     """The same in plain PyTorch."""
     rope = 2 * tables[0].shape[-1]

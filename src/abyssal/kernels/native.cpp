@@ -10,6 +10,8 @@
 #include <cstring>
 #include <vector>
 
+#include "native_tape.h"
+
 namespace {
 
 struct bf16 {
@@ -462,6 +464,7 @@ void expert_places(const int64_t* experts, int64_t n, int64_t* next, int32_t* sl
     void turn_heads_##s(const T* x, const float* cosine, const float* sine, T* out, const Heads* h, int back) {        \
         turn_heads(x, cosine, sine, out, *h, back != 0);                                                               \
     }                                                                                                                  \
+    ON_TAPE(turn_heads_##s)                                                                                            \
     void keys_values_##s(const T* kv, const T* rotary, T* k, T* v, const Heads* h) {                                   \
         keys_values(kv, rotary, k, v, *h);                                                                             \
     }                                                                                                                  \

@@ -13,9 +13,11 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import logging
 import os
 import platform
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
@@ -26,7 +28,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_SOURCES = [Path(__file__).with_name(name) for name in ("native.cpp", "native_amx.cpp", "native_decode.cpp")]
+from abyssal.kernels.tape import NotOnTape, Tape, recording
+
+_NAMES = ("native.cpp", "native_amx.cpp", "native_decode.cpp", "native_pack.cpp", "native_step.cpp")
+_SOURCES = [Path(__file__).with_name(name) for name in _NAMES]
+_HEADERS = [Path(__file__).with_name("native_tape.h")]
 # Sums may be reordered where the source says so (omp simd); NaN and infinity keep their meaning everywhere.
 _FLAGS = "-O3 -march=native -std=c++17 -shared -fPIC -fopenmp -fno-math-errno -fno-trapping-math".split()
 _TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "n": ctypes.c_int, "f": ctypes.c_float}
@@ -50,12 +56,21 @@ _SIGNATURES = {
     "adamw": "pppppipn",
     "linear": "pppin",
     "experts": "pppppiin",
+    "pack": "piippn",
+    "unpack": "ppiipn",
     "absorb": "pppiiiiiin",
     "expand": "pppiiiiin",
     "latent_attention": "pppppp" + "iiiiiiii" + "fn",
     "paged_attention": "pppppp" + "iiiiiiii" + "fn",
+    "add": "pppii",
+    "join": "pppii",
+    "norm": "ppfpii",
+    "route": "pppppppi",
+    "write_latents": "ppfppppiiiin",
+    "write_rows": "pppiii",
 }
-_REFUSES = ("experts", "latent_attention", "paged_attention")  # return 1 for a number that is out of bounds
+# These return 1 for a number that is out of bounds.
+_REFUSES = ("experts", "latent_attention", "paged_attention", "write_latents", "write_rows")
 _SUFFIX = {torch.float32: "f", torch.bfloat16: "b"}
 
 
@@ -75,7 +90,12 @@ def library() -> ctypes.CDLL | None:
     """The compiled library; None where it is switched off or cannot be made."""
     compiler = next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None)
     wanted = os.environ.get("ABYSSAL_NATIVE") != "0" and sys.platform == "linux"
-    if not wanted or compiler is None or not all(path.is_file() for path in _SOURCES):
+    if wanted and compiler is None:
+        logging.getLogger(__name__).warning(
+            "no C++ compiler found (c++, g++ or clang++): going on in plain PyTorch, slower; "
+            "ABYSSAL_NATIVE=0 stops this line"
+        )
+    if not wanted or compiler is None or not all(path.is_file() for path in (*_SOURCES, *_HEADERS)):
         return None
     try:
         with tempfile.TemporaryDirectory(prefix="abyssal-") as spare:
@@ -96,7 +116,7 @@ def _build(compiler: str, spare: Path) -> Path:
     import fcntl
 
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    sources = [path.read_text(encoding="utf-8") for path in _SOURCES]
+    sources = [path.read_text(encoding="utf-8") for path in (*_SOURCES, *_HEADERS)]
     identity = "\n".join((*sources, *_FLAGS, version, platform.machine(), _processor()))
     name = f"native-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
     try:
@@ -138,12 +158,47 @@ def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(shape, dtype=dtype, device=_CPU)
 
 
+class _Function:
+    """A function of the library. While a tape is recorded, its calls go there too."""
+
+    def __init__(self, name: str, suffix: str) -> None:
+        full = f"{name}_{suffix}" if suffix else name
+        self.name, self.call, self.letters = full, getattr(library(), full), _SIGNATURES[name]
+        self.call.argtypes = [_TYPES[letter] for letter in self.letters]
+        self.call.restype = ctypes.c_int if name in _REFUSES else None
+
+    def __call__(self, *arguments: Any) -> Any:
+        if (tape := recording()) is not None:
+            self._record(tape, arguments)
+        return self.call(*arguments)
+
+    def _record(self, tape: Tape, arguments: tuple[Any, ...]) -> None:
+        entry = getattr(library(), f"{self.name}_cells", None)
+        if entry is None:
+            raise NotOnTape(self.name)
+        tape.add(ctypes.cast(entry, ctypes.c_void_p).value or 0, list(map(_cell, self.letters, arguments)))
+        tape.keep(*arguments)
+
+
+def _cell(letter: str, argument: Any) -> int:
+    """An argument as 8 bytes."""
+    if letter == "f":
+        return int.from_bytes(struct.pack("<f4x", argument), "little")
+    if argument is None:
+        return 0
+    return argument if isinstance(argument, int) else ctypes.addressof(argument._obj)  # what byref() made
+
+
+def play(tape: Tape) -> None:
+    """Runs a tape of the library's calls again."""
+    function = library().play  # type: ignore[union-attr]
+    function.argtypes, function.restype = [ctypes.c_void_p, ctypes.c_int64], ctypes.c_int64
+    tape.play(function)
+
+
 @functools.cache
-def _function(name: str, suffix: str) -> Any:
-    function = getattr(library(), f"{name}_{suffix}" if suffix else name)
-    function.argtypes = [_TYPES[letter] for letter in _SIGNATURES[name]]
-    function.restype = ctypes.c_int if name in _REFUSES else None
-    return function
+def _function(name: str, suffix: str) -> _Function:
+    return _Function(name, suffix)
 
 
 def _call(name: str, types: tuple[torch.dtype, ...], *arguments: Any) -> None:
@@ -309,6 +364,9 @@ def causal_softmax_backward_(scores: Tensor, grad: Tensor, scale: float, first: 
     )
 
 
+_SMALL = 2**15  # numbers; up to here a second thread is not worth waking
+
+
 class _Heads(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("batch", "length", "heads", "nope", "rope", "value", "tables")),
@@ -318,7 +376,7 @@ class _Heads(ctypes.Structure):
 
 def _heads(shape: torch.Size, nope: int, rope: int, value: int, tables: int = 1, interleaved: bool = False) -> Any:
     batch, length, heads = shape[:3]
-    threads = torch.get_num_threads()
+    threads = torch.get_num_threads() if shape.numel() > _SMALL else 1
     return ctypes.byref(_Heads(batch, length, heads, nope, rope, value, tables, interleaved, threads))
 
 
@@ -402,6 +460,19 @@ def sum_of_squares(x: Tensor) -> float:
     return partial.sum().item()
 
 
+def pack(weight: Tensor, bits: int, data: Tensor, scales: Tensor) -> None:
+    """Quantises ``weight`` [R, I], FP32 or BF16, into ``data`` and ``scales`` (:mod:`abyssal.kernels.packed`)."""
+    weight = weight.contiguous()
+    function = _function("pack", _SUFFIX[weight.dtype] + str(bits))
+    function(weight.data_ptr(), *weight.shape, data.data_ptr(), scales.data_ptr(), torch.get_num_threads())
+
+
+def unpack(data: Tensor, scales: Tensor, bits: int, out: Tensor) -> None:
+    """The other way, into ``out`` [R, I], FP32 or BF16; all contiguous."""
+    function = _function("unpack", _SUFFIX[out.dtype] + str(bits))
+    function(data.data_ptr(), scales.data_ptr(), *out.shape, out.data_ptr(), torch.get_num_threads())
+
+
 class Matrix(ctypes.Structure):
     """A matrix as ``native_decode.cpp`` has it: addresses of numbers and scales (None: it has none), rows, columns."""
 
@@ -471,3 +542,74 @@ def paged_attention(
     if refused:
         raise IndexError(f"a length beyond {table.shape[1]} pages of {page} tokens, or a page outside 0 to {pages - 1}")
     return out
+
+
+class Router(ctypes.Structure):
+    """How to choose, as ``native_step.cpp`` has it."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("hidden", "experts", "choices", "groups", "kept")),
+        *((name, ctypes.c_int32) for name in ("sigmoid", "best_two", "normalized")),
+        ("scale", ctypes.c_float),
+    ]
+
+
+def route(x: Tensor, weight: Tensor, bias: Tensor | None, router: Router) -> tuple[Tensor, Tensor, Tensor]:
+    """``x`` [N, D], ``weight`` [E, D], ``bias`` [E] FP32 -> indices [N, K] int64, weights [N, K] and scores [N, E] FP32
+    (:class:`abyssal.model.router.Routing` says what they are)."""
+    rows = x.shape[0]
+    indices = _empty(rows, router.choices, dtype=torch.int64)
+    weights, scores = _empty(rows, router.choices), _empty(rows, router.experts)
+    outs = (indices, weights, scores, ctypes.byref(router))
+    _call("route", (x.dtype, weight.dtype), x, weight, bias, *outs, rows)
+    return indices, weights, scores
+
+
+def add(a: Tensor, b: Tensor) -> Tensor:
+    """``a`` + ``b``, of one dtype; ``b`` is as long as ``a``, or as its last dimension."""
+    out = torch.empty_like(a)
+    _call("add", (a.dtype,), a, b, out, a.numel(), b.numel())
+    return out
+
+
+def join(a: Tensor, b: Tensor) -> Tensor:
+    """Rows of ``a`` and ``b`` [..., W] side by side, [..., 2W]."""
+    width = a.shape[-1]
+    out = a.new_empty(*a.shape[:-1], 2 * width)
+    _call("join", (a.dtype,), a, b, out, a.numel() // width, width)
+    return out
+
+
+def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / rms(x) · weight over the last dimension, in one thread."""
+    out = torch.empty_like(x)
+    width = weight.shape[0]
+    _call("norm", (x.dtype, weight.dtype), x, weight, eps, out, x.numel() // width, width)
+    return out
+
+
+def write_latents(
+    kv: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor, slots: Tensor, pool: Tensor, interleaved: bool
+) -> None:
+    """``kv`` [N, C + R], ``weight`` [C], ``cos`` and ``sin`` [N, R/2] FP32, ``slots`` [N] int64, ``pool`` [places,
+    C + R] of kv's dtype. Raises IndexError for a slot that is not there."""
+    rows, latent = kv.shape[0], weight.shape[0]
+    refused = _function("write_latents", _SUFFIX[kv.dtype] + _SUFFIX[weight.dtype])(
+        *(kv.data_ptr(), weight.data_ptr(), eps, cos.data_ptr(), sin.data_ptr(), slots.data_ptr(), pool.data_ptr()),
+        *(rows, latent, kv.shape[1] - latent, pool.shape[0], int(interleaved)),
+    )
+    _refuse_slots(refused, pool)
+
+
+def write_rows(x: Tensor, slots: Tensor, pool: Tensor) -> None:
+    """``x`` [N, W] into ``pool`` [places, W] of the same dtype, at ``slots`` [N] int64. Raises IndexError for a slot
+    that is not there."""
+    refused = _function("write_rows", _SUFFIX[x.dtype])(
+        *(x.data_ptr(), slots.data_ptr(), pool.data_ptr(), *x.shape, pool.shape[0])
+    )
+    _refuse_slots(refused, pool)
+
+
+def _refuse_slots(refused: int, pool: Tensor) -> None:
+    if refused:
+        raise IndexError(f"a slot outside 0 to {pool.shape[0] - 1}")

@@ -35,12 +35,16 @@ struct alignas(64) TileConfig {
     uint8_t rows[16] = {};
 };
 
+// Makes the compiler finish writing before tiles are loaded: to GCC the loads do not read memory.
+inline void written(const void* memory) { __asm__ volatile("" ::"r"(memory) : "memory"); }
+
 void configure_tiles() {
     TileConfig config;
     for (int tile = 0; tile < 8; tile++) {
         config.row_bytes[tile] = 64;
         config.rows[tile] = 16;
     }
+    written(&config);
     _tile_loadconfig(&config);
 }
 
@@ -125,6 +129,8 @@ void pack_a(const Operand& a, int64_t row, int64_t depth, number* out) {
 // 32 x 32 numbers of the result from packed operands.
 void multiply(const number* a, const number* b, int64_t depth, number* out, int64_t stride) {
     alignas(64) float sums[block * block];
+    written(a);
+    written(b);
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
@@ -143,6 +149,7 @@ void multiply(const number* a, const number* b, int64_t depth, number* out, int6
     _tile_stored(1, sums + 16, 128);
     _tile_stored(2, sums + 16 * block, 128);
     _tile_stored(3, sums + 16 * block + 16, 128);
+    written(sums);
     for (int64_t m = 0; m < block; m++) {
         __m512bh row = _mm512_cvtne2ps_pbh(_mm512_load_ps(sums + m * block + 16), _mm512_load_ps(sums + m * block));
         _mm512_storeu_si512(out + m * stride, reinterpret_cast<__m512i&>(row));

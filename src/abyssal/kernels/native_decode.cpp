@@ -17,6 +17,8 @@
 #include <type_traits>
 #include <vector>
 
+#include "native_tape.h"
+
 #if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
@@ -137,6 +139,7 @@ inline int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1)
 
 constexpr int64_t piece = 32;
 constexpr int64_t ahead = 1024;  // bytes further on, memory is asked for
+constexpr int64_t few = 4;       // inputs up to which a vector of weights serves them all; above, tiles do
 
 struct Matrix {
     const char* data;
@@ -182,6 +185,7 @@ struct Dense {
     using Weight = typename Way::Weight;
     using Input = typename Way::Input;
 
+    static constexpr bool in_tiles = false;
     static constexpr int streams(int n) { return lanes < 16 ? 8 / n : n < 4 ? 8 : 4; }
     static int64_t row_bytes(int64_t columns) { return columns * int64_t(sizeof(Weight)); }
     static int64_t scales(int64_t) { return 0; }
@@ -240,6 +244,7 @@ struct Packed {
         }
     };
 
+    static constexpr bool in_tiles = false;
     static constexpr int streams(int n) { return n < 3 ? 8 / n : 2; }
     static int64_t scales(int64_t columns) { return round_up(columns, block) / group; }
     static int64_t row_bytes(int64_t columns) { return round_up(columns, block) * width / 8; }
@@ -439,35 +444,137 @@ void multiply_tile(const char* w, int64_t step, int64_t columns, const uint32_t*
     if (groups > 1) _tile_stored(1, sums + tile * tile, 64);
 }
 
-// As `multiply` below, for columns in multiples of 32.
+// How 16 rows become a tile of A. BF16 lies right as it is; what is over is copied together.
+struct TileRows {
+    static constexpr int64_t multiple = 32;  // of columns
+    static int64_t row_bytes(int64_t columns) { return columns * 2; }
+    static const char* get(const Matrix& m, int64_t row, int64_t apart, int64_t count, char* spare, int64_t& step) {
+        int64_t bytes = row_bytes(m.columns);
+        step = apart * bytes;
+        if (count == tile) return m.data + row * bytes;
+        step = bytes;
+        for (int64_t r = 0; r < count; r++) std::memcpy(spare + r * bytes, m.data + (row + r * apart) * bytes, size_t(bytes));
+        return spare;
+    }
+};
+
+// Packed numbers are turned into BF16 on the way, scale included: about three operations for each 16 of them, which from
+// five inputs on costs less than multiplying in int8 and scaling each group's sum.
+template <int width>
+struct Unpacked {
+    using Stored = Packed<width>;
+    static constexpr bool in_tiles = true;
+    static constexpr int64_t multiple = Stored::block;
+    static int64_t row_bytes(int64_t columns) { return Stored::row_bytes(columns); }
+    static int64_t scales(int64_t columns) { return Stored::scales(columns); }
+    static int64_t input_bytes(int64_t columns) { return round_up(columns, multiple) * 2; }
+
+    static void prepare(const float* x, int64_t count, int64_t start, int64_t columns, char* input) {
+        bf16* to = reinterpret_cast<bf16*>(input);
+        convert(x, count, to + start);
+        if (start + count == columns)  // what rows are filled up with
+            std::memset(static_cast<void*>(to + columns), 0, size_t(round_up(columns, multiple) - columns) * 2);
+    }
+
+    // 32 unsigned bytes of one group, less the middle, times the scale
+    static void group(__m256i bytes, float scale, bf16* to) {
+        __m512 s = _mm512_set1_ps(scale), middle = _mm512_set1_ps(float(Stored::middle) * scale);
+        __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm256_castsi256_si128(bytes)));
+        __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm256_extracti128_si256(bytes, 1)));
+        __m512bh both = _mm512_cvtne2ps_pbh(_mm512_fmsub_ps(high, s, middle), _mm512_fmsub_ps(low, s, middle));
+        _mm512_storeu_si512(to, reinterpret_cast<__m512i&>(both));
+    }
+
+    static float at(const bf16* scale) {
+        uint32_t b = uint32_t(scale->number) << 16;
+        float x;
+        std::memcpy(&x, &b, 4);
+        return x;
+    }
+
+    static void row(const char* from, const bf16* scale, int64_t columns, bf16* to) {
+        const __m256i low = _mm256_set1_epi8(15);
+        for (int64_t c = 0; c < columns; c += multiple, from += 64, scale += multiple / 32, to += multiple) {
+            __builtin_prefetch(from + ahead);
+            __m256i a = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+            __m256i b = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + 32));
+            if (width == 8) {
+                group(a, at(scale), to);
+                group(b, at(scale + 1), to + 32);
+            } else {
+                group(_mm256_and_si256(a, low), at(scale), to);
+                group(_mm256_and_si256(b, low), at(scale + 1), to + 32);
+                group(_mm256_and_si256(_mm256_srli_epi16(a, 4), low), at(scale + 2), to + 64);
+                group(_mm256_and_si256(_mm256_srli_epi16(b, 4), low), at(scale + 3), to + 96);
+            }
+        }
+    }
+
+    static const char* get(const Matrix& m, int64_t row_, int64_t apart, int64_t count, char* spare, int64_t& step) {
+        int64_t columns = round_up(m.columns, multiple);
+        step = columns * 2;
+        for (int64_t r = 0; r < count; r++) {
+            int64_t at = row_ + r * apart;
+            row(m.data + at * row_bytes(m.columns), m.scales + at * scales(m.columns), columns,
+                reinterpret_cast<bf16*>(spare + r * step));
+        }
+        return spare;
+    }
+};
+
+// As `multiply` below.
+template <class Rows>
 void multiply_tiles(const Matrix& m, int64_t first, int64_t last, const char* const* x, int64_t n, float* out,
                     int64_t stride) {
-    int64_t bytes = m.columns * 2, groups = (n + tile - 1) / tile, size = m.columns / 2 * tile;
-    uint32_t* inputs = reinterpret_cast<uint32_t*>(space<2>(groups * size * 4 + tile * bytes));
-    char* rest = reinterpret_cast<char*>(inputs + groups * size);
+    int64_t columns = round_up(m.columns, Rows::multiple), groups = (n + tile - 1) / tile, size = columns / 2 * tile;
+    uint32_t* inputs = reinterpret_cast<uint32_t*>(space<2>(groups * size * 4 + tile * columns * 2));
+    char* spare = reinterpret_cast<char*>(inputs + groups * size);
     for (int64_t g = 0; g < groups; g++)
-        interleave(reinterpret_cast<const bf16* const*>(x) + g * tile, std::min(tile, n - g * tile), m.columns / 2,
+        interleave(reinterpret_cast<const bf16* const*>(x) + g * tile, std::min(tile, n - g * tile), columns / 2,
                    inputs + g * size);
     configure_tiles();
-    // `rows` of 16 rows that are `apart`
-    auto rows = [&](const char* from, int64_t count, int64_t apart, float* to) {
+    // `count` rows that are `apart`
+    auto rows = [&](int64_t row, int64_t count, int64_t apart, float* to) {
+        if (count < tile) std::memset(spare, 0, size_t(tile * columns) * 2);
+        int64_t step;
+        const char* from = Rows::get(m, row, apart, count, spare, step);
         for (int64_t g = 0; g < groups; g += 2) {
             float sums[2 * tile * tile];
-            multiply_tile(from, apart * bytes, m.columns, inputs + g * size, std::min<int64_t>(2, groups - g), sums);
+            multiply_tile(from, step, columns, inputs + g * size, std::min<int64_t>(2, groups - g), sums);
             for (int64_t i = 0; i < std::min(2 * tile, n - g * tile); i++)
                 for (int64_t r = 0; r < count; r++)
                     to[(g * tile + i) * stride + r * apart] = sums[i / tile * tile * tile + r * tile + i % tile];
         }
     };
     int64_t apart = (last - first) / tile, left = (last - first) % tile;
-    for (int64_t row = 0; row < apart; row++) rows(m.data + (first + row) * bytes, tile, apart, out + row);
-    if (left) {  // filled up with zeros, so that a row's sum is the same wherever it stands
-        std::memcpy(rest, m.data + (last - left) * bytes, size_t(left * bytes));
-        std::memset(rest + left * bytes, 0, size_t((tile - left) * bytes));
-        rows(rest, left, 1, out + apart * tile);
-    }
+    for (int64_t row = 0; row < apart; row++) rows(first + row, tile, apart, out + row);
+    // What is over is filled up with zeros, so that a row's sum is the same wherever it stands.
+    if (left) rows(last - left, left, 1, out + apart * tile);
     _tile_release();
 }
+
+// The format for many inputs.
+template <class F>
+struct Many {
+    using type = F;
+};
+
+template <int width>
+struct Many<Packed<width>> {
+    using type = Unpacked<width>;
+};
+
+#else
+
+bool has_tiles() { return false; }
+
+template <class F>
+struct Many {
+    using type = F;
+};
+
+template <class Rows>
+void multiply_tiles(const Matrix&, int64_t, int64_t, const char* const*, int64_t, float*, int64_t) {}
 
 #endif
 
@@ -487,20 +594,24 @@ void multiply(const Matrix& m, int64_t first, int64_t last, const char* const* x
 template <class F>
 void multiply(const Matrix& m, int64_t first, int64_t last, const char* const* x, int64_t n, float* out,
               int64_t stride) {
+    if constexpr (F::in_tiles) {
+        multiply_tiles<F>(m, first, last, x, n, out, stride);
+    } else {
 #if defined(TILES)
-    if (std::is_same<F, Dense<Pairs>>::value && n > 4 && m.columns % 32 == 0 && has_tiles())
-        return multiply_tiles(m, first, last, x, n, out, stride);
+        if (std::is_same<F, Dense<Pairs>>::value && n > few && m.columns % TileRows::multiple == 0 && has_tiles())
+            return multiply_tiles<TileRows>(m, first, last, x, n, out, stride);
 #endif
-    // Pieces that stay in the second cache while the inputs are worked through, four at a time.
-    int64_t rows = n <= 4 ? last - first : std::max<int64_t>(8, (1 << 19) / F::row_bytes(m.columns));
-    for (int64_t row = first; row < last; row += rows) {
-        int64_t end = std::min(last, row + rows);
-        for (int64_t i = 0; i < n; i += 4) {
-            float* to = out + i * stride + row - first;
-            if (n - i == 1) multiply<F, 1>(m, row, end, x + i, to, stride);
-            else if (n - i == 2) multiply<F, 2>(m, row, end, x + i, to, stride);
-            else if (n - i == 3) multiply<F, 3>(m, row, end, x + i, to, stride);
-            else multiply<F, 4>(m, row, end, x + i, to, stride);
+        // Pieces that stay in the second cache while the inputs are worked through, four at a time.
+        int64_t rows = n <= few ? last - first : std::max<int64_t>(8, (1 << 19) / F::row_bytes(m.columns));
+        for (int64_t row = first; row < last; row += rows) {
+            int64_t end = std::min(last, row + rows);
+            for (int64_t i = 0; i < n; i += 4) {
+                float* to = out + i * stride + row - first;
+                if (n - i == 1) multiply<F, 1>(m, row, end, x + i, to, stride);
+                else if (n - i == 2) multiply<F, 2>(m, row, end, x + i, to, stride);
+                else if (n - i == 3) multiply<F, 3>(m, row, end, x + i, to, stride);
+                else multiply<F, 4>(m, row, end, x + i, to, stride);
+            }
         }
     }
 }
@@ -1114,12 +1225,17 @@ extern "C" {
 
 #define FORMAT(name, T, F)                                                                                             \
     void linear_##name(const Matrix* m, const T* x, T* out, int64_t rows, int threads) {                               \
+        if (rows > few && has_tiles()) return linear<Many<F>::type>(x, *m, out, rows, threads);                        \
         linear<F>(x, *m, out, rows, threads);                                                                          \
     }                                                                                                                  \
+    ON_TAPE(linear_##name)                                                                                             \
     int experts_##name(const Experts* e, const T* x, const int64_t* indices, const float* weights, T* out,             \
                        int64_t rows, int64_t choices, int threads) {                                                   \
-        return experts<F>(x, *e, {indices, weights, rows, choices}, out, threads);                                     \
-    }
+        Routing r = {indices, weights, rows, choices};                                                                 \
+        if (rows > few && has_tiles()) return experts<Many<F>::type>(x, *e, r, out, threads);                          \
+        return experts<F>(x, *e, r, out, threads);                                                                     \
+    }                                                                                                                  \
+    ON_TAPE(experts_##name)
 
 #define DENSE(name, T, W, F)                                                                                           \
     FORMAT(name, T, F)                                                                                                 \
@@ -1127,10 +1243,12 @@ extern "C" {
                        int64_t value, int64_t latent, int threads) {                                                   \
         absorb(q, kv_b, out, rows, heads, nope, rope, value, latent, threads);                                         \
     }                                                                                                                  \
+    ON_TAPE(absorb_##name)                                                                                             \
     void expand_##name(const T* o, const W* kv_b, T* out, int64_t rows, int64_t heads, int64_t nope, int64_t value,    \
                        int64_t latent, int threads) {                                                                  \
         expand<F>(o, kv_b, out, rows, heads, nope, value, latent, threads);                                            \
-    }
+    }                                                                                                                  \
+    ON_TAPE(expand_##name)
 
 DENSE(ff, float, float, Dense<Single<float>>)
 DENSE(fb, float, bf16, Dense<Single<bf16>>)
@@ -1152,7 +1270,8 @@ using LatentTiles = LatentLanes;
         Paged a = {q, keys, values, table, lengths, out, sequences, heads, shared, most, pages, page, size, width,     \
                    scale, threads};                                                                                    \
         return Way::fits(a) ? attention<Way, T>(a) : attention<Else, T>(a);                                            \
-    }
+    }                                                                                                                  \
+    ON_TAPE(name)
 
 ATTENTION(latent_attention_f, float, LatentLanes, LatentLanes)
 ATTENTION(latent_attention_b, bf16, LatentTiles, LatentLanes)

@@ -9,7 +9,8 @@ processors multiply with signed activations. Rows are filled up with zeros to wh
   each other. The scale comes from the number farthest from zero, which gets -8, and from a few scales near it: the one
   with the least squared error is taken.
 
-:mod:`abyssal.kernels.decode` multiplies with them.
+On a CPU, packing and unpacking are compiled code (kernels/native_pack.cpp) that gives the same numbers as what stands
+here, to the last bit. :mod:`abyssal.kernels.decode` multiplies with them.
 """
 
 from __future__ import annotations
@@ -21,12 +22,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from abyssal.kernels import native
+
 Kind = Literal["int8", "int4"]
 
 GROUP = 32
 _BLOCK = {"int8": 64, "int4": 128}
 _MIDDLE = {"int8": 128, "int4": 8}
 _ROWS = 1024  # of a matrix that are quantised or dequantised at a time
+_NATIVE = (torch.float32, torch.bfloat16)
 # What the number farthest from zero is stored as, in int4: a larger scale cuts nothing off, a smaller one is finer.
 _FARTHEST = (-8.0, -7.5, -7.0, -8.5, -9.0, 7.0, 7.5)
 
@@ -62,17 +66,30 @@ def quantize(weight: Tensor, kind: Kind) -> Packed:
     data = torch.empty(sizes[0], dtype=torch.uint8, device=weight.device)
     scales = torch.empty(sizes[1], dtype=torch.bfloat16, device=weight.device)
     rows, row_data, row_scales = (x.flatten(0, -2) for x in (weight, data, scales))  # the last two are views
+    compiled = _compiled(weight)
     for start in range(0, rows.shape[0], _ROWS):
         part = slice(start, start + _ROWS)
-        padded = F.pad(rows[part].float(), (0, -weight.shape[-1] % _BLOCK[kind]))
-        groups = padded.unflatten(-1, (-1, GROUP))
-        scale = _scale8(groups) if kind == "int8" else _scale4(groups)
-        stored = (_rounded(groups, scale, kind) + _MIDDLE[kind]).to(torch.uint8).flatten(-2)
-        if kind == "int4":
-            halves = stored.unflatten(-1, (-1, 2, 64))
-            stored = (halves[..., 0, :] | halves[..., 1, :] << 4).flatten(-2)
-        row_data[part], row_scales[part] = stored, scale.squeeze(-1)
+        if compiled:
+            some = rows[part] if rows.dtype in _NATIVE else rows[part].float()
+            native.pack(some, 8 if kind == "int8" else 4, row_data[part], row_scales[part])
+        else:
+            row_data[part], row_scales[part] = _quantize_rows(rows[part], kind)
     return Packed(data, scales, kind, weight.shape)
+
+
+def _compiled(tensor: Tensor) -> bool:
+    return tensor.is_cpu and not torch.compiler.is_compiling() and native.library() is not None
+
+
+def _quantize_rows(rows: Tensor, kind: Kind) -> tuple[Tensor, Tensor]:
+    padded = F.pad(rows.float(), (0, -rows.shape[-1] % _BLOCK[kind]))
+    groups = padded.unflatten(-1, (-1, GROUP))
+    scale = _scale8(groups) if kind == "int8" else _scale4(groups)
+    stored = (_rounded(groups, scale, kind) + _MIDDLE[kind]).to(torch.uint8).flatten(-2)
+    if kind == "int4":
+        halves = stored.unflatten(-1, (-1, 2, 64))
+        stored = (halves[..., 0, :] | halves[..., 1, :] << 4).flatten(-2)
+    return stored, scale.squeeze(-1)
 
 
 def _scale8(groups: Tensor) -> Tensor:
@@ -84,7 +101,10 @@ def _scale4(groups: Tensor) -> Tensor:
     best, least = farthest.new_empty(0).bfloat16(), farthest.new_empty(0)
     for number in _FARTHEST:
         scale = (farthest / number).bfloat16()
-        error = (_rounded(groups, scale, "int4") * scale.float() - groups).square().sum(-1, keepdim=True)
+        error = (_rounded(groups, scale, "int4") * scale.float() - groups).square()
+        while error.shape[-1] > 1:  # in an order that compiled code can follow
+            first, second = error.chunk(2, dim=-1)
+            error = first + second
         better = error < least if least.numel() else torch.ones_like(error, dtype=torch.bool)
         best = torch.where(better, scale, best) if best.numel() else scale
         least = torch.where(better, error, least) if least.numel() else error
@@ -110,6 +130,9 @@ def dequantize(packed: Packed, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """[..., O, I]: the products in FP32, rounded to ``dtype``; some rows at a time."""
     out = torch.empty(packed.shape, dtype=dtype, device=packed.data.device)
     rows, data, scales = (x.flatten(0, -2) for x in (out, packed.data, packed.scales))
+    if dtype in _NATIVE and _compiled(data):
+        native.unpack(data.contiguous(), scales.contiguous(), 8 if packed.kind == "int8" else 4, rows)
+        return out
     columns = packed.shape[-1]
     for start in range(0, rows.shape[0], _ROWS):
         part = slice(start, start + _ROWS)

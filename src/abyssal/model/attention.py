@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from abyssal.config import MHAConfig, MLAConfig, ModelConfig
 from abyssal.kernels import decode
 from abyssal.kernels.attention import attention
-from abyssal.kernels.heads import keys_values, rotate, turn_heads
+from abyssal.kernels.heads import keys_values, rotate, turn_heads, turn_rows
 from abyssal.model.cache import LayerCache
 from abyssal.model.fp8 import dense_weight
 from abyssal.model.layers import Linear, RMSNorm
@@ -81,6 +81,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, context: Context) -> T
     return attention(q, k, v, scale, context.mask, context.causal).transpose(1, 2).flatten(2)
 
 
+def side_by_side(outs: list[Tensor]) -> Tensor:
+    """[1, ., W] each, one after the other; a single one is not copied."""
+    return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
+
+
 class MultiHeadAttention(nn.Module):
     """Multi-head attention with rotary position embedding (DeepSeekMoE-16B), [B, T, D] -> [B, T, D]."""
 
@@ -96,13 +101,13 @@ class MultiHeadAttention(nn.Module):
 
     def forward(self, x: Tensor, context: Context, cache: LayerCache | PagedLayer | None = None) -> Tensor:
         split = (-1, self.attention.head_dim)
-        q = rotate(self.q_proj(x).unflatten(-1, split), context.rope, self.interleaved)
-        k = rotate(self.k_proj(x).unflatten(-1, split), context.rope, self.interleaved)
-        v = self.v_proj(x).unflatten(-1, split)
+        q, k, v = (proj(x).unflatten(-1, split) for proj in (self.q_proj, self.k_proj, self.v_proj))
         scale = self.attention.head_dim**-0.5
         if isinstance(cache, PagedLayer):
-            cache.write(k, v)
-            return self.o_proj(self._ragged(q, cache, context, scale))
+            q, k = (turn_rows(y[0], context.rope, self.interleaved) for y in (q, k))
+            cache.write(k, v[0])
+            return self.o_proj(self._ragged(q.unsqueeze(0), cache, context, scale))
+        q, k = (rotate(y, context.rope, self.interleaved) for y in (q, k))
         if cache is not None:
             k, v = cache.append(context.start, k, v)
         out = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale, context)
@@ -118,7 +123,7 @@ class MultiHeadAttention(nn.Module):
         for piece, within in zip(cache.ragged.pieces, context.pieces, strict=True):
             k, v = (y.to(q.dtype).transpose(1, 2) for y in cache.past(piece))
             outs.append(attend(q[:, piece.start : piece.end].transpose(1, 2), k, v, scale, within))
-        return torch.cat(outs, dim=1)
+        return side_by_side(outs)
 
 
 class Queries(nn.Module):
@@ -144,10 +149,10 @@ class Queries(nn.Module):
             self.q_b_proj = Linear(a.q_lora_rank, self.heads * a.qk_head_dim, bias=False)
         self.compressed = a.q_lora_rank is not None
 
-    def queries(self, x: Tensor, context: Context) -> Tensor:
-        """[q^C ; q^R] of every head, the latter turned by position: [B, T, D] -> [B, H, T, N + R]."""
+    def queries(self, x: Tensor) -> Tensor:
+        """[q^C ; q^R] of every head, the latter not turned yet: [B, T, D] -> [B, T, H, N + R]."""
         q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))) if self.compressed else self.q_proj(x)
-        return turn_heads(q.unflatten(-1, (self.heads, -1)), context.rope, self.interleaved)
+        return q.unflatten(-1, (self.heads, -1))
 
 
 class LatentAttention(Queries):
@@ -177,8 +182,11 @@ class LatentAttention(Queries):
         absorb: bool | None = None,
     ) -> Tensor:
         """``absorb`` chooses the path; None: expanded without a cache, else whichever multiplies less."""
-        q = self.queries(x, context)
-        latent, k_rope = self.kv_a_proj_with_mqa(x).split((self.latent, self.rope_dim), dim=-1)
+        q, kv = self.queries(x), self.kv_a_proj_with_mqa(x)
+        if isinstance(cache, PagedLayer):
+            return self.o_proj(self._ragged(q, kv, cache, context))
+        q = turn_heads(q, context.rope, self.interleaved)  # (8)
+        latent, k_rope = kv.split((self.latent, self.rope_dim), dim=-1)
         latent = self.kv_a_layernorm(latent)  # (1)
         k_rope = turn_heads(k_rope.unsqueeze(2), context.rope, self.interleaved).squeeze(1)  # (3)
         if cache is None:
@@ -186,9 +194,6 @@ class LatentAttention(Queries):
                 out = self._absorbed(q, torch.cat((latent, k_rope), dim=-1), context)
             else:
                 out = attend(q, *self._keys_values(latent, k_rope), self.scale, context)
-        elif isinstance(cache, PagedLayer):
-            cache.write(torch.cat((latent, k_rope), dim=-1))
-            out = self._ragged(q, cache, context)
         elif cache.expanded:
             new = (y.transpose(1, 2) for y in self._keys_values(latent, k_rope))
             k, v = (y.transpose(1, 2) for y in cache.append(context.start, *new))
@@ -206,15 +211,20 @@ class LatentAttention(Queries):
         k, v = self._keys_values(past[..., : self.latent].to(q.dtype), past[..., self.latent :])
         return attend(q, k, v, self.scale, context)
 
-    def _ragged(self, q: Tensor, cache: PagedLayer, context: Context) -> Tensor:
-        """Rows of many sequences: ``q`` [1, H, N, N + R] -> [1, N, H·V]."""
+    def _ragged(self, q: Tensor, kv: Tensor, cache: PagedLayer, context: Context) -> Tensor:
+        """Rows of many sequences: ``q`` [1, N, H, N + R] and ``kv`` [1, N, C + R] as projected -> [1, N, H·V]."""
+        (pool,), ragged, (cos, sin) = cache.pools, cache.ragged, context.rope
+        weight, eps = self.kv_a_layernorm.weight, self.kv_a_layernorm.eps
+        decode.write_latents(kv[0], weight, eps, context.rope, self.interleaved, ragged.slots, pool)
         outs = []
-        if (rows := cache.ragged.singles) > 0:
-            outs.append(self._by_row(q[0, :, :rows].transpose(0, 1).contiguous(), cache))
-        for piece, within in zip(cache.ragged.pieces, context.pieces, strict=True):
+        if (rows := ragged.singles) > 0:
+            alone = turn_rows(q[0, :rows], (cos[:, :rows], sin[:, :rows]), self.interleaved)
+            outs.append(self._by_row(alone, cache))
+        for piece, within in zip(ragged.pieces, context.pieces, strict=True):
             (past,) = cache.past(piece)
-            outs.append(self._over(past, q[:, :, piece.start : piece.end], within))
-        return torch.cat(outs, dim=1)
+            turned = turn_heads(q[:, piece.start : piece.end], within.rope, self.interleaved)
+            outs.append(self._over(past, turned, within))
+        return side_by_side(outs)
 
     def _by_row(self, q: Tensor, cache: PagedLayer) -> Tensor:
         """Rows that attend each by itself, absorbed, to the pages as they lie: ``q`` [n, H, N + R] -> [1, n, H·V]."""

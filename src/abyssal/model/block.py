@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from abyssal.config import MHAConfig, MLAConfig, ModelConfig
+from abyssal.kernels import decode
 from abyssal.model.attention import Context, LatentAttention, MultiHeadAttention
 from abyssal.model.cache import LayerCache
 from abyssal.model.layers import MLP, Linear, RMSNorm
@@ -63,15 +63,15 @@ class Block(nn.Module):
     ) -> Tensor:
         """``x`` [B, T, D] -> [B, T, D]; ``valid`` [B, T] marks real tokens for the recorder."""
         run = _recomputed if recompute else _plainly
-        x = x + run(self._attend, x, context, cache)
+        x = decode.add(x, run(self._attend, x, context, cache))
         h = self.post_attention_layernorm(x)
         if not isinstance(self.mlp, MoE):
-            return x + run(self.mlp, h)
+            return decode.add(x, run(self.mlp, h))
         routing = self.mlp.route(h)
         if recorder is not None:
             recorder.record(self.layer, _with_valid(routing, valid))
         if recorder is None or not isinstance(recorder, OutputRecorder):
-            return x + run(self.mlp, h, routing)
+            return decode.add(x, run(self.mlp, h, routing))
         routed, shared = run(self.mlp.parts, h, routing)
         recorder.record_outputs(self.layer, routed, shared)
         return x + (routed if shared is None else routed + shared)
@@ -132,7 +132,7 @@ class MTPModule(Block):
         recompute: bool = False,
     ) -> Tensor:
         """``hidden`` h_i and ``embedding`` of the token one further, both [B, T, D] -> hidden states for the head."""
-        x = self.eh_proj(torch.cat((self.enorm(embedding), self.hnorm(hidden)), dim=-1))
+        x = self.eh_proj(decode.join(self.enorm(embedding), self.hnorm(hidden)))
         x = self(x, context, cache=cache, recorder=recorder, recompute=recompute)
         out: Tensor = self.shared_head["norm"](x)
         return out

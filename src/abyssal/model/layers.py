@@ -73,6 +73,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, x: Tensor) -> Tensor:
+        if decode.few(x):
+            return decode.norm(x, self.weight, self.eps)
         return rms_norm(x, self.weight, self.eps, product_dtype(x))
 
     def extra_repr(self) -> str:

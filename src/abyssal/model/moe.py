@@ -63,7 +63,7 @@ class MoE(nn.Module):
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
         """Applies what was decided. ``routing`` may cut a token in segments: its [B, T·m] then says so."""
         routed, shared = self.parts(x, routing)
-        return routed if shared is None else routed + shared
+        return routed if shared is None else decode.add(routed, shared)
 
     def parts(self, x: Tensor, routing: Routing) -> tuple[Tensor, Tensor | None]:
         """What :meth:`forward` adds up, [B, T, D] each: routed experts, shared experts (None where there are none)."""

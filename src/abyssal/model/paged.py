@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from abyssal.config import ModelConfig
+from abyssal.kernels import decode
 from abyssal.model.cache import cached_shapes
 
 
@@ -61,9 +62,9 @@ class PagedLayer:
         self.ragged = ragged
 
     def write(self, *new: Tensor) -> None:
-        """Puts the pass's tokens [1, N, …] where they belong."""
+        """Puts the pass's tokens [N, …] where they belong."""
         for pool, values in zip(self.pools, new, strict=True):
-            pool.flatten(0, 1).index_copy_(0, self.ragged.slots, values[0].to(pool.dtype))
+            decode.write_rows(values, self.ragged.slots, pool)
 
     def past(self, piece: Piece) -> list[Tensor]:
         """All tokens so far of a piece's sequence, [1, S, …] each; copied together from its pages."""

@@ -6,8 +6,8 @@ they were stay embedding, norms, routers, biases and the MTP modules' eh_proj, w
 too; and kv_b_proj, whose numbers the absorbed path needs as a tensor (3% of V3's active weights). The head is int8
 under ``int4``, too: its errors go straight into the logits.
 
-For inference: no gradient passes through. Checkpoints hold no packed weights: they are made anew at each load
-(:func:`abyssal.checkpoint.load_model`), from the numbers in the file.
+For inference: no gradient passes through. They are made while a checkpoint is read
+(:func:`abyssal.checkpoint.load_model`), or read from one that holds them (:mod:`abyssal.checkpoint.packing`).
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class QuantizedLinear(KeepsDtype, Decodes):
             out = decoder(x.contiguous()) if x.dtype in decoder.compiled.functions else None
         if out is None:
             out = self._by_slices(x)
-        return out if self.bias is None else out.add_(self.bias)
+        return out if self.bias is None else decode.add(out, self.bias)
 
     def _by_slices(self, x: Tensor) -> Tensor:
         outputs, inputs = self.shape
@@ -187,11 +187,11 @@ def packed_matrices(model: nn.Module) -> Iterator[tuple[str, Packed]]:
                 yield f"{name}.{expert}.down_proj.weight", down
 
 
-def refuse_packed(model: nn.Module) -> None:
-    """Raises UserError where ``model`` has packed weights: a checkpoint of them would be read by nobody."""
-    for module in model.modules():
-        if isinstance(module, QuantizedLinear | QuantizedExperts):
-            raise UserError(f"the model's weights are {module.kind}; load it with weights='dense' to write it")
+def packed_buffers(model: nn.Module) -> set[str]:
+    """Names of the buffers that hold the packed matrices."""
+    modules = model.named_modules()
+    packed = ((name, module) for name, module in modules if isinstance(module, QuantizedLinear | QuantizedExperts))
+    return {f"{name}.{buffer}" for name, module in packed for buffer in module.kept}
 
 
 def _register(module: nn.Module, prefix: str, shape: torch.Size, kind: Kind) -> None:

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from abyssal.config import MoEConfig
+from abyssal.kernels import decode
 from abyssal.model.layers import KeepsDtype
 
 
@@ -89,6 +90,8 @@ class Router(KeepsDtype):
 
     def forward(self, x: Tensor) -> Routing:
         """``x`` [B, T, D] -> :class:`Routing`."""
+        if decode.routes(x, self.weight, self.e_score_correction_bias):
+            return self._in_one_call(x)
         dtype = torch.promote_types(x.dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):
             logits = F.linear(x.to(dtype), self.weight.to(dtype))
@@ -98,6 +101,23 @@ class Router(KeepsDtype):
             if self.moe.norm_topk_prob:
                 weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
             return Routing(indices, weights * self.moe.routed_scaling_factor, scores)
+
+    def _in_one_call(self, x: Tensor) -> Routing:
+        """The same by compiled code."""
+        moe = self.moe
+        found = decode.route(
+            x,
+            self.weight,
+            self.e_score_correction_bias,
+            choices=moe.num_experts_per_tok,
+            groups=1 if moe.topk_method == "greedy" else moe.n_group,
+            kept=moe.topk_group,
+            best_two=moe.topk_method == "noaux_tc",
+            sigmoid=moe.scoring_func == "sigmoid",
+            normalized=moe.norm_topk_prob,
+            scale=moe.routed_scaling_factor,
+        )
+        return Routing(*found)
 
     def select(self, scores: Tensor, *, biased: bool = True) -> Tensor:
         """The experts chosen for ``scores`` [..., E], as indices [..., K]; without ``biased``, those that would be

@@ -117,7 +117,7 @@ class Transformer(nn.Module):
         self._check_tokens(tokens)
         count = tokens.shape[1]
         if isinstance(cache, PagedCache):
-            context = self._ragged_context(cache.ragged)
+            context = self.ragged_context(cache.ragged)
         elif cache is not None:
             cache.extend(count, valid)
             unturned = not cache.layers[0].expanded
@@ -125,11 +125,25 @@ class Transformer(nn.Module):
         else:
             context = self._context(0, count, valid, tokens.device)
         x = self.model.embed_tokens(tokens)
+        out = self.through_blocks(x, context, cache=cache, valid=valid, recorder=recorder, recompute=recompute)
+        if isinstance(cache, Cache):
+            cache.length += count
+        return out
+
+    def through_blocks(
+        self,
+        x: Tensor,
+        context: Context,
+        *,
+        cache: Cache | PagedCache | None = None,
+        valid: Tensor | None = None,
+        recorder: Recorder | None = None,
+        recompute: bool = False,
+    ) -> Tensor:
+        """What :meth:`hidden` computes from embeddings ``x`` [B, T, D] and what is known of their places."""
         for i, block in enumerate(self.blocks):
             layer_cache = cache.layers[i] if cache is not None else None
             x = block(x, context, cache=layer_cache, valid=valid, recorder=recorder, recompute=recompute)
-        if isinstance(cache, Cache):
-            cache.length += count
         out: Tensor = self.model.norm(x)
         return out
 
@@ -153,17 +167,17 @@ class Transformer(nn.Module):
             out.append(hidden)
         return out
 
-    def draft_hidden(self, depth: int, hidden: Tensor, tokens: Tensor, cache: PagedCache) -> Tensor:
+    def draft_hidden(
+        self, depth: int, hidden: Tensor, embedding: Tensor, context: Context, cache: PagedCache
+    ) -> Tensor:
         """Hidden states [1, N, D] of the MTP module ``depth`` (from 0) in a ragged pass; ``lm_head`` makes them logits.
 
         Row i has the state ``hidden`` [1, N, D] of a position (:meth:`hidden` of the same pass, or what the module
-        before gave) and in ``tokens`` [1, N] the token behind it, and is for the token after that. The pass's positions
-        are those of ``hidden``; the module keeps latents of its own, in the layer behind the main model's.
+        before gave) and the ``embedding`` [1, N, D] of the token behind it, and is for the token after that. The pass's
+        positions are those of ``hidden``; the module keeps latents of its own, in the layer behind the main model's.
         """
-        module = self.mtp_modules[depth]
         layer = cache.layers[self.config.num_hidden_layers + depth]
-        context = self._ragged_context(cache.ragged)
-        return module.predict(hidden, self.model.embed_tokens(tokens), context, cache=layer)
+        return self.mtp_modules[depth].predict(hidden, embedding, context, cache=layer)
 
     def mtp_logits(self, tokens: Tensor) -> list[Tensor]:
         """Logits of each MTP module for ``tokens`` [B, T + depth]: [B, T, V] each, position i for token i + k + 1."""
@@ -185,7 +199,8 @@ class Transformer(nn.Module):
         mask, causal = build_mask(valid, start, count, device)
         return Context(rope, start, mask, causal, key_rope)
 
-    def _ragged_context(self, ragged: Ragged) -> Context:
+    def ragged_context(self, ragged: Ragged) -> Context:
+        """What attention needs to know of the tokens of a ragged pass."""
         attention, dtype = self.config.attention, self.lm_head.weight.dtype
         rope = rotary_tables(self.config.rope, attention.rotary_dim, ragged.positions, dtype)
         pieces = []

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from abyssal.config import ModelConfig, MoEConfig, SeparateLatentsConfig
-from abyssal.kernels.heads import rotate
+from abyssal.kernels.heads import rotate, turn_heads
 from abyssal.model.attention import LATENT_NORM_EPS, Context, Queries, attend
 from abyssal.model.cache import LayerCache
 from abyssal.model.layers import MLP, Linear, RMSNorm
@@ -60,10 +60,10 @@ class SeparateLatentAttention(Queries):
         self.o_proj = Linear(heads * self.v_dim, hidden, bias=attention.bias)
 
     def forward(self, x: Tensor, context: Context, cache: LayerCache | PagedLayer | None = None) -> Tensor:
-        q = self.queries(x, context)
+        q = turn_heads(self.queries(x), context.rope, self.interleaved)
         latents = (self.k_a_layernorm(self.k_a_proj(x)), self.v_a_layernorm(self.v_a_proj(x)))
         if isinstance(cache, PagedLayer):
-            cache.write(*latents)
+            cache.write(*(latent[0] for latent in latents))
             outs = []
             for piece, within in zip(cache.ragged.pieces, context.pieces, strict=True):
                 assert within.key_rope is not None

@@ -1,0 +1,154 @@
+"""Passes that are the same every time but for their numbers, as one call: what a step of decoding is.
+
+Where all rows of a pass attend one by one (:class:`~abyssal.model.paged.Ragged`), it depends on nothing but how many
+there are. So the model is run once and what it did is kept, in a tape of compiled calls on a CPU
+(:mod:`abyssal.kernels.tape`) and in a CUDA graph on a GPU; from then on a pass is to put tokens, places and lengths
+where the first ones were, and to run that again. On a GPU numbers of rows are rounded up, and the rows that are too
+many look at nothing and write to a page of nobody's.
+
+Models that do something which cannot be kept, and processors without compiled code, are run as ever.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+
+import torch
+from torch import Tensor
+
+from abyssal.kernels import native
+from abyssal.kernels.tape import NotOnTape, record
+from abyssal.model import Transformer
+from abyssal.model.attention import Context
+from abyssal.model.paged import PagedCache, Ragged
+from abyssal.model.quantized import QuantizedExperts
+from abyssal.model.rotary import rotary_tables
+
+Compute = Callable[[list[Tensor], Context, PagedCache], list[Tensor]]
+"""From inputs [1, N, ...] to outputs whose first or second dimension is N as well."""
+
+_KEPT = 16  # passes at a time: each keeps its activations
+_ROWS = 32  # with more, calls are not what takes the time (and few() of kernels/decode.py ends here)
+_SIZES = (1, 2, 4, 8, 12, 16, 24, 32)  # on a GPU
+
+
+class CapturedPasses:
+    """Runs passes over the pages ``pools`` of ``width`` pages a sequence at most; ``spare`` is a page of nobody's."""
+
+    def __init__(self, model: Transformer, pools: list[list[Tensor]], width: int, spare: int) -> None:
+        self.model, self.pools, self.width, self.spare = model, pools, width, spare
+        self.page = pools[0][0].shape[1]
+        self.device = pools[0][0].device
+        self._known: OrderedDict[Hashable, _Pass | None] = OrderedDict()
+        self._weights: list[int] = []
+        # On a GPU these ask it which experts were chosen; a graph cannot.
+        self._waits = any(isinstance(module, QuantizedExperts) for module in model.modules())
+
+    def refresh(self) -> None:
+        """Forgets what is known where weights lie elsewhere than they did."""
+        now = [x.data_ptr() for x in (*self.model.parameters(), *self.model.buffers())]
+        if now != self._weights:
+            self._known.clear()
+            self._weights = now
+
+    def run(self, kind: Hashable, compute: Compute, inputs: list[Tensor], ragged: Ragged) -> list[Tensor]:
+        """What ``compute`` gives for ``inputs`` and ``ragged``; captured under the name ``kind`` if it can be. The
+        outputs are good until the next call."""
+        rows = inputs[0].shape[1]
+        if ragged.pieces or rows > _ROWS or ragged.tables.shape[1] > self.width:
+            return self._plainly(compute, inputs, ragged)
+        if self.device.type == "cuda" and not self._waits:
+            rows = next(size for size in _SIZES if size >= rows)
+        elif self.device.type != "cpu" or native.library() is None:
+            return self._plainly(compute, inputs, ragged)
+        key = (kind, rows, torch.get_num_threads())
+        if key in self._known:
+            known = self._known[key]
+            self._known.move_to_end(key)
+            if known is not None:
+                known.again(inputs, ragged)
+        else:
+            try:
+                known = _Pass(self, compute, inputs, ragged, rows)
+            except NotOnTape:
+                known = None
+            self._known[key] = known
+            if len(self._known) > _KEPT:
+                self._known.popitem(last=False)
+        return self._plainly(compute, inputs, ragged) if known is None else known.results(inputs[0].shape[1])
+
+    def _plainly(self, compute: Compute, inputs: list[Tensor], ragged: Ragged) -> list[Tensor]:
+        return compute(inputs, self.model.ragged_context(ragged), PagedCache(self.pools, ragged))
+
+
+class _Pass:
+    """One pass over ``rows`` rows, captured while it computes ``inputs``."""
+
+    def __init__(
+        self, passes: CapturedPasses, compute: Compute, inputs: list[Tensor], ragged: Ragged, rows: int
+    ) -> None:
+        model, device = passes.model, passes.device
+        self.rows, self.config, self.dtype = rows, model.config, model.lm_head.weight.dtype
+        self.inputs = [torch.zeros(1, rows, *x.shape[2:], dtype=x.dtype, device=device) for x in inputs]
+        self.ragged = Ragged(
+            torch.zeros(1, rows, dtype=torch.int64, device=device),
+            torch.full((rows,), passes.spare * passes.page, dtype=torch.int64, device=device),
+            torch.zeros(rows, passes.width, dtype=torch.int32, device=device),
+            torch.zeros(rows, dtype=torch.int32, device=device),
+            (),
+        )
+        self.unused = passes.spare * passes.page
+        self.rope = [table.contiguous() for table in self._tables(self.ragged.positions)]
+        context = Context((self.rope[0], self.rope[1]), 0, None, False)
+        cache = PagedCache(passes.pools, self.ragged)
+        # What the calls read must not go away under them.
+        self.kept = [x.detach() for x in (*model.parameters(), *model.buffers())]
+        self._fill(inputs, ragged)
+        if device.type == "cuda":
+            self.replay, self.outputs = _graph(lambda: compute(self.inputs, context, cache))
+        else:
+            with record() as tape:
+                self.outputs = compute(self.inputs, context, cache)
+            self.replay = lambda: native.play(tape)
+
+    def again(self, inputs: list[Tensor], ragged: Ragged) -> None:
+        """Computes other numbers."""
+        self._fill(inputs, ragged)
+        self.replay()
+
+    def results(self, count: int) -> list[Tensor]:
+        """The outputs' first ``count`` rows."""
+        return [x if count == self.rows else x.narrow(x.shape.index(self.rows), 0, count) for x in self.outputs]
+
+    def _fill(self, inputs: list[Tensor], ragged: Ragged) -> None:
+        count = inputs[0].shape[1]
+        for mine, x in zip(self.inputs, inputs, strict=True):
+            mine[:, :count] = x
+        places = self.ragged
+        places.positions[:, :count] = ragged.positions
+        places.slots[:count] = ragged.slots
+        places.tables[:count, : ragged.tables.shape[1]] = ragged.tables
+        places.lengths[:count] = ragged.lengths
+        if count < self.rows:
+            places.slots[count:] = self.unused
+            places.lengths[count:] = 0
+        for table, new in zip(self.rope, self._tables(places.positions), strict=True):
+            table.copy_(new)
+
+    def _tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        return rotary_tables(self.config.rope, self.config.attention.rotary_dim, positions, self.dtype)
+
+
+def _graph(compute: Callable[[], list[Tensor]]) -> tuple[Callable[[], None], list[Tensor]]:
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # kernels are compiled, and libraries get their memory, before anything is kept
+        for _ in range(2):
+            compute()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = compute()
+    graph.replay()
+    return graph.replay, outputs
