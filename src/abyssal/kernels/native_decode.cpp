@@ -6,7 +6,7 @@
 // prefetch): that is 1.4 times as fast as from beginning to end, since the processor's own prefetcher stops at every
 // page. A vector of weights that is loaded serves all rows of x.
 //
-// A result does not depend on the number of threads: every output is summed by one thread, in one order. Subjects, one
+// A result does not depend on threads, nor on which of them takes what: every output is summed by one, in one order. Subjects, one
 // after the other: vectors; matrices as they are stored (BF16, FP32, packed int8 and int4); linear; experts; absorbing;
 // attention. kernels/native.py says what each function computes and in which shapes.
 
@@ -619,6 +619,14 @@ void multiply(const Matrix& m, int64_t first, int64_t last, const char* const* x
 // Threads are worth waking from here on (weights).
 inline int shared_out(int64_t weights, int threads) { return weights < (1 << 15) ? 1 : threads; }
 
+// Rows of a matrix that a thread takes at a time. Threads take what is next, not a fixed share: where others use the
+// machine too, one of them is often away. Tiles begin by bringing their inputs in order, so they take more.
+template <class F>
+int64_t rows_at_a_time(int64_t rows, int64_t inputs, int threads) {
+    int64_t most = F::in_tiles || inputs > few ? 256 : 64;
+    return std::max<int64_t>(16, std::min(most, round_up(rows / (4 * threads), 8)));
+}
+
 // Linear --------------------------------------------------------------------------------------------------------------
 
 template <class F, typename T>
@@ -627,12 +635,12 @@ void linear(const T* x, const Matrix& m, T* out, int64_t rows, int threads) {
     prepare<F>(x, rows, m.columns, inputs);
     std::vector<const char*> each(static_cast<size_t>(rows));
     for (int64_t n = 0; n < rows; n++) each[size_t(n)] = inputs + n * F::input_bytes(m.columns);
-    int64_t blocks = (m.rows + 7) / 8;
     threads = shared_out(m.rows * m.columns, threads);
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t t = 0; t < threads; t++) {
-        int64_t begin = blocks * t / threads * 8, end = std::min(m.rows, blocks * (t + 1) / threads * 8);
-        float* sums = reinterpret_cast<float*>(space<1>(rows * (end - begin) * 4));
+    int64_t many = rows_at_a_time<F>(m.rows, rows, threads);
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+    for (int64_t begin = 0; begin < m.rows; begin += many) {
+        int64_t end = std::min(m.rows, begin + many);
+        float* sums = reinterpret_cast<float*>(space<1>(rows * many * 4));
         multiply<F>(m, begin, end, each.data(), rows, sums, end - begin);
         for (int64_t n = 0; n < rows; n++) convert(sums + n * (end - begin), end - begin, out + n * m.rows + begin);
     }
@@ -738,13 +746,13 @@ int experts(const T* x, const Experts& e, const Routing& r, T* out, int threads)
             second.push_back(hidden + one.hidden + (i - one.begin) * F::input_bytes(one.gate.rows));
         }
     }
-    int64_t blocks = (size + 7) / 8;
     threads = shared_out(weights, threads);
+    int64_t many = rows_at_a_time<F>(size, 1, threads), some_units = std::max<int64_t>(1, many / piece);
 #pragma omp parallel num_threads(threads)
     {
-#pragma omp for schedule(static)
-        for (int64_t t = 0; t < threads; t++) {
-            int64_t begin = units.back() * t / threads, end = units.back() * (t + 1) / threads;
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t begin = 0; begin < units.back(); begin += some_units) {
+            int64_t end = std::min(units.back(), begin + some_units);
             for (size_t i = 0; i < found.size(); i++) {
                 const Expert& one = found[i];
                 int64_t from = std::max(begin, units[i]) - units[i], to = std::min(end, units[i + 1]) - units[i];
@@ -753,13 +761,13 @@ int experts(const T* x, const Experts& e, const Routing& r, T* out, int threads)
                                      first.data() + one.begin, hidden);
             }
         }
-        // Every thread has its columns of the result, and adds the experts up in their order.
-#pragma omp for schedule(static)
-        for (int64_t t = 0; t < threads; t++) {
-            int64_t begin = blocks * t / threads * 8, end = std::min(size, blocks * (t + 1) / threads * 8);
+        // Columns of the result, in which experts are added up in their order.
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t begin = 0; begin < size; begin += many) {
+            int64_t end = std::min(size, begin + many), count = end - begin;
             for (int64_t n = 0; n < r.rows; n++) std::fill(sums + n * size + begin, sums + n * size + end, 0.0f);
             for (const Expert& one : found) {
-                int64_t n = one.end - one.begin, count = end - begin;
+                int64_t n = one.end - one.begin;
                 float* some = reinterpret_cast<float*>(space<1>(n * count * 4));
                 multiply<F>(one.down, begin, end, second.data() + one.begin, n, some, count);
                 for (int64_t i = 0; i < n; i++) {
@@ -767,8 +775,7 @@ int experts(const T* x, const Experts& e, const Routing& r, T* out, int threads)
                     for (int64_t d = 0; d < count; d++) to[d] += some[i * count + d];
                 }
             }
-            for (int64_t n = 0; n < r.rows; n++)
-                convert(sums + n * size + begin, end - begin, out + n * size + begin);
+            for (int64_t n = 0; n < r.rows; n++) convert(sums + n * size + begin, count, out + n * size + begin);
         }
     }
     return 0;
@@ -784,7 +791,7 @@ void absorb(const T* q, const W* kv_b, T* out, int64_t rows, int64_t heads, int6
             int64_t latent, int threads) {
     int64_t from_size = nope + rope, to_size = latent + rope;
     threads = shared_out(heads * nope * latent, threads);
-#pragma omp parallel for num_threads(threads) schedule(static)
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
     for (int64_t head = 0; head < heads; head++) {
         const W* w = kv_b + head * (nope + value) * latent;
         float* numbers = reinterpret_cast<float*>(space<0>((rows * nope + round_up(latent, lanes)) * 4));
@@ -823,7 +830,7 @@ template <class F, typename T>
 void expand(const T* o, const typename F::Weight* kv_b, T* out, int64_t rows, int64_t heads, int64_t nope,
             int64_t value, int64_t latent, int threads) {
     threads = shared_out(heads * value * latent, threads);
-#pragma omp parallel for num_threads(threads) schedule(static)
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
     for (int64_t head = 0; head < heads; head++) {
         const auto* from = reinterpret_cast<const char*>(kv_b + (head * (nope + value) + nope) * latent);
         Matrix w = {from, nullptr, value, latent};
