@@ -87,6 +87,21 @@ def test_changed_weights_are_the_next_requests():
     assert run(engine, [5, 6, 7]) == expected
 
 
+@pytest.mark.parametrize("kind", ["mla", "mha", "two modules"])
+@pytest.mark.parametrize("sizes", [(4, 32), (7,)])
+def test_rows_that_fill_a_pass_up_change_nothing(kind: str, sizes: tuple[int, ...]):
+    """As on a GPU."""
+    prompts = [[5, 6, 7], [9, 8], [20, 21, 22, 23]]
+    engine = Engine(model_of(kind), BYTES, page=2, pages=14, prefix_cache=False)
+    for layer in engine.pool.pools:
+        for tensor in layer:
+            tensor.fill_(torch.nan)  # what is read and was never written would be seen
+    engine.passes.sizes = sizes
+    assert run(engine, *prompts) == [plain(kind, prompt, 12) for prompt in prompts]
+    assert all(captured(engine))
+    assert {key[1] for key in engine.passes._known} <= set(sizes)
+
+
 def test_only_some_are_kept(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("abyssal.generation.captured._KEPT", 2)
     engine = Engine(model_of("mla"), BYTES, page=4)

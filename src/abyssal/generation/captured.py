@@ -12,7 +12,7 @@ Models that do something which cannot be kept, and processors without compiled c
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ Compute = Callable[[list[Tensor], Context, PagedCache], list[Tensor]]
 
 _KEPT = 16  # passes at a time: each keeps its activations
 _ROWS = 32  # with more, calls are not what takes the time (and few() of kernels/decode.py ends here)
-_SIZES = (1, 2, 4, 8, 12, 16, 24, 32)  # on a GPU
+_SIZES = (1, 2, 4, 8, 12, 16, 24, _ROWS)  # on a GPU
 
 
 class CapturedPasses:
@@ -40,10 +40,14 @@ class CapturedPasses:
         self.model, self.pools, self.width, self.spare = model, pools, width, spare
         self.page = pools[0][0].shape[1]
         self.device = pools[0][0].device
+        self.sizes: Sequence[int] = _SIZES if self.device.type == "cuda" else range(1, _ROWS + 1)
+        """How many rows a captured pass may have; fewer are filled up."""
         self._known: OrderedDict[Hashable, _Pass | None] = OrderedDict()
         self._weights: list[int] = []
-        # On a GPU these ask it which experts were chosen; a graph cannot.
-        self._waits = any(isinstance(module, QuantizedExperts) for module in model.modules())
+        # On a GPU packed experts ask it which of them were chosen; a graph cannot.
+        waits = any(isinstance(module, QuantizedExperts) for module in model.modules())
+        code = {"cpu": native.library() is not None, "cuda": not waits}
+        self._possible = code.get(self.device.type, False)
 
     def refresh(self) -> None:
         """Forgets what is known where weights lie elsewhere than they did."""
@@ -56,12 +60,9 @@ class CapturedPasses:
         """What ``compute`` gives for ``inputs`` and ``ragged``; captured under the name ``kind`` if it can be. The
         outputs are good until the next call."""
         rows = inputs[0].shape[1]
-        if ragged.pieces or rows > _ROWS or ragged.tables.shape[1] > self.width:
+        if not self._possible or ragged.pieces or rows > self.sizes[-1] or ragged.tables.shape[1] > self.width:
             return self._plainly(compute, inputs, ragged)
-        if self.device.type == "cuda" and not self._waits:
-            rows = next(size for size in _SIZES if size >= rows)
-        elif self.device.type != "cpu" or native.library() is None:
-            return self._plainly(compute, inputs, ragged)
+        rows = next(size for size in self.sizes if size >= rows)
         key = (kind, rows, torch.get_num_threads())
         if key in self._known:
             known = self._known[key]
