@@ -162,8 +162,7 @@ class Ours:
         return times
 
     def cache_bytes(self) -> float:
-        pool = self.engine.pool
-        return sum(x.nbytes for layer in pool.pools for x in layer) / (pool.pages * pool.page)
+        return self.engine.metrics.bytes_a_token
 
     def judge(self, prompt: list[int], tokens: list[int]) -> tuple[float, float]:
         """Of ``tokens`` behind ``prompt``: share that are the likeliest, and how far one is behind it at worst, in

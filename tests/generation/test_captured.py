@@ -74,17 +74,29 @@ def test_changed_weights_are_the_next_requests():
     other = make_model(torch.float32, attention=MLA, moe=MOE).requires_grad_(False)
     for parameter in other.parameters():
         parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)) * 0.05)
-    engine = Engine(model, BYTES, page=4, prefix_cache=False)
-    first = run(engine, [5, 6, 7])
-    expected = run(Engine(other, BYTES, page=4), [5, 6, 7])
+    engine = Engine(model, BYTES, page=4)
+    prompt = list(range(5, 17))
+    first = run(engine, prompt)
+    assert run(engine, prompt) == first
+    expected = run(Engine(other, BYTES, page=4), prompt)
     assert first != expected
     with torch.no_grad():
         for mine, new in zip(model.parameters(), other.parameters(), strict=True):
             mine.copy_(new)  # where they lie
-    assert run(engine, [5, 6, 7]) == expected
+    assert run(engine, prompt) == expected  # though what the old ones made of its beginning was known
     for mine in model.parameters():
         mine.data = mine.data.clone()  # elsewhere
-    assert run(engine, [5, 6, 7]) == expected
+    assert run(engine, prompt) == expected
+
+
+def test_hooks_see_every_pass():
+    model = make_model(torch.float32, attention=MLA, moe=MOE).requires_grad_(False)
+    engine, seen = Engine(model, BYTES, page=4), []
+    before = run(engine, [5, 6, 7])
+    hook = model.model.layers[0].register_forward_hook(lambda *_: seen.append(1))
+    assert run(engine, [5, 6, 7]) == before
+    assert len(seen) == len(before[0])
+    hook.remove()
 
 
 @pytest.mark.parametrize("kind", ["mla", "mha", "two modules"])

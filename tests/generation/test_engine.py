@@ -641,6 +641,15 @@ BAD_SCHEMAS: list[Any] = [
 ]
 
 
+def test_a_schema_needs_a_token_that_ends_a_text():
+    pytest.importorskip("llguidance")
+    model = make_model(torch.float32, vocab_size=12, attention=MLA, hidden_size=32).requires_grad_(False)
+    engine = Engine(model, tiny_tokenizer(12))
+    with pytest.raises(UserError, match="no token that ends a text"):
+        engine.add([5], schema={"type": "object"})
+    assert not engine.busy
+
+
 class TestSchema:
     SCHEMA: ClassVar = {
         "type": "object",

@@ -83,7 +83,7 @@ def test_linear(n: int, inputs: int, outputs: int, x_dtype: torch.dtype, w_dtype
     size = x.double().abs() @ w.double().abs().t()
     near(decode.Linear(w)(x) if n > 32 else same_by_threads(lambda: decode.Linear(w)(x)), exact, size)
     if b is not None:
-        near(decode.Linear(w, b)(x), exact + b.double(), size + b.double().abs())
+        near(decode.add(decode.Linear(w)(x), b), exact + b.double(), size + b.double().abs())
 
 
 @compiled

@@ -6,7 +6,8 @@ there are. So the model is run once and what it did is kept, in a tape of compil
 where the first ones were, and to run that again. On a GPU numbers of rows are rounded up, and the rows that are too
 many look at nothing and write to a page of nobody's.
 
-Models that do something which cannot be kept, and processors without compiled code, are run as ever.
+Models that do something which cannot be kept, and processors without compiled code, are run as ever; so are models with
+forward hooks, which want to see every pass.
 """
 
 from __future__ import annotations
@@ -22,13 +23,12 @@ from abyssal.kernels.tape import NotOnTape, record
 from abyssal.model import Transformer
 from abyssal.model.attention import Context
 from abyssal.model.paged import PagedCache, Ragged
-from abyssal.model.quantized import QuantizedExperts
 from abyssal.model.rotary import rotary_tables
 
 Compute = Callable[[list[Tensor], Context, PagedCache], list[Tensor]]
 """From inputs [1, N, ...] to outputs whose first or second dimension is N as well."""
 
-_KEPT = 16  # passes at a time: each keeps its activations
+_KEPT = 32  # passes at a time: each keeps its activations
 _ROWS = 32  # with more, calls are not what takes the time (and few() of kernels/decode.py ends here)
 _SIZES = (1, 2, 4, 8, 12, 16, 24, _ROWS)  # on a GPU
 
@@ -43,18 +43,20 @@ class CapturedPasses:
         self.sizes: Sequence[int] = _SIZES if self.device.type == "cuda" else range(1, _ROWS + 1)
         """How many rows a captured pass may have; fewer are filled up."""
         self._known: OrderedDict[Hashable, _Pass | None] = OrderedDict()
-        self._weights: list[int] = []
-        # On a GPU packed experts ask it which of them were chosen; a graph cannot.
-        waits = any(isinstance(module, QuantizedExperts) for module in model.modules())
-        code = {"cpu": native.library() is not None, "cuda": not waits}
-        self._possible = code.get(self.device.type, False)
+        self._possible = False
+        self._weights: list[tuple[int, int]] = []
 
-    def refresh(self) -> None:
-        """Forgets what is known where weights lie elsewhere than they did."""
-        now = [x.data_ptr() for x in (*self.model.parameters(), *self.model.buffers())]
-        if now != self._weights:
+    def refresh(self) -> bool:
+        """Forgets what is known where weights lie elsewhere than they did. Whether any were changed since the last
+        call, as far as PyTorch tells: not through ``.data``."""
+        tensors = (*self.model.parameters(), *self.model.buffers())
+        before, self._weights = self._weights, [(x.data_ptr(), _version(x)) for x in tensors]
+        if [place for place, _ in before] != [place for place, _ in self._weights]:
             self._known.clear()
-            self._weights = now
+        hooked = any(m._forward_hooks or m._forward_pre_hooks for m in self.model.modules())
+        code = self.device.type == "cuda" or (self.device.type == "cpu" and native.library() is not None)
+        self._possible = code and not hooked
+        return bool(before) and before != self._weights
 
     def run(self, kind: Hashable, compute: Compute, inputs: list[Tensor], ragged: Ragged) -> list[Tensor]:
         """What ``compute`` gives for ``inputs`` and ``ragged``; captured under the name ``kind`` if it can be. The
@@ -83,6 +85,10 @@ class CapturedPasses:
         return compute(inputs, self.model.ragged_context(ragged), PagedCache(self.pools, ragged))
 
 
+def _version(x: Tensor) -> int:
+    return 0 if x.is_inference() else x._version
+
+
 class _Pass:
     """One pass over ``rows`` rows, captured while it computes ``inputs``."""
 
@@ -92,14 +98,14 @@ class _Pass:
         model, device = passes.model, passes.device
         self.rows, self.config, self.dtype = rows, model.config, model.lm_head.weight.dtype
         self.inputs = [torch.zeros(1, rows, *x.shape[2:], dtype=x.dtype, device=device) for x in inputs]
+        self.unused = passes.spare * passes.page
         self.ragged = Ragged(
             torch.zeros(1, rows, dtype=torch.int64, device=device),
-            torch.full((rows,), passes.spare * passes.page, dtype=torch.int64, device=device),
+            torch.full((rows,), self.unused, dtype=torch.int64, device=device),
             torch.zeros(rows, passes.width, dtype=torch.int32, device=device),
             torch.zeros(rows, dtype=torch.int32, device=device),
             (),
         )
-        self.unused = passes.spare * passes.page
         self.rope = [table.contiguous() for table in self._tables(self.ragged.positions)]
         context = Context((self.rope[0], self.rope[1]), 0, None, False)
         cache = PagedCache(passes.pools, self.ragged)
@@ -107,7 +113,7 @@ class _Pass:
         self.kept = [x.detach() for x in (*model.parameters(), *model.buffers())]
         self._fill(inputs, ragged)
         if device.type == "cuda":
-            self.replay, self.outputs = _graph(lambda: compute(self.inputs, context, cache))
+            self.replay, self.outputs = _graph(lambda: compute(self.inputs, context, cache), device)
         else:
             with record() as tape:
                 self.outputs = compute(self.inputs, context, cache)
@@ -141,15 +147,31 @@ class _Pass:
         return rotary_tables(self.config.rope, self.config.attention.rotary_dim, positions, self.dtype)
 
 
-def _graph(compute: Callable[[], list[Tensor]]) -> tuple[Callable[[], None], list[Tensor]]:
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # kernels are compiled, and libraries get their memory, before anything is kept
-        for _ in range(2):
-            compute()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = compute()
-    graph.replay()
-    return graph.replay, outputs
+def _graph(compute: Callable[[], list[Tensor]], device: torch.device) -> tuple[Callable[[], None], list[Tensor]]:
+    """Raises NotOnTape for what waits for the device."""
+    with torch.cuda.device(device):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            compute()  # kernels are compiled, and libraries get their memory, before anything is kept
+            before = torch.cuda.get_sync_debug_mode()
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                compute()
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                raise NotOnTape(str(error)) from error
+            finally:
+                torch.cuda.set_sync_debug_mode(before)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            outputs = compute()
+
+    def replay() -> None:
+        with torch.cuda.device(device):
+            graph.replay()
+
+    replay()
+    return replay, outputs

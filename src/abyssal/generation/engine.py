@@ -61,7 +61,8 @@ class Event:
 
 
 class Engine:
-    """Continues any number of prompts with ``model``, which is run in eval mode.
+    """Continues any number of prompts with ``model``, which is run in eval mode. Its weights may change between
+    sequences, not under them.
 
     ``pages`` pages of ``page`` tokens are its memory for past tokens; without it, as many as 1 GiB holds, and at least
     one whole context's. ``chunk`` is the most tokens that a step computes, ``most`` the most sequences it works on at a
@@ -162,8 +163,8 @@ class Engine:
         # What a schema allows hangs on every token before: guesses would have to be made under it.
         guesses = self.guesses if grammar is None else 0
         sequence = Sequence(ids, len(ids), sampling, generator, room, text, grammar=grammar, guesses=guesses)
-        if not self.busy:
-            self.passes.refresh()
+        if not self.busy and self.passes.refresh():
+            self.pool.forget()
         self.scheduler.waiting.append(sequence)
         return sequence
 
@@ -240,8 +241,9 @@ class Engine:
         that fails: ``logits`` [1 + drafts, V] that are not finite, a schema that leads nowhere."""
         out: list[list[int] | None] = [None] * len(drawing)
         groups: dict[Sampling, list[int]] = {}
-        for number, (w, rows) in enumerate(zip(drawing, logits, strict=True)):
-            s, best = w.sequence, rows.amax(-1).min().item()
+        worst = torch.stack([rows.amax(-1).min() for rows in logits]).tolist() if drawing else []  # one wait for a GPU
+        for number, (w, rows, best) in enumerate(zip(drawing, logits, worst, strict=True)):
+            s = w.sequence
             with _its_own_affair(s):
                 if not math.isfinite(best):
                     raise UserError(not_finite("the largest", best))

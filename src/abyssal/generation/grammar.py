@@ -30,6 +30,8 @@ class Grammars:
             from llguidance import LLMatcher
         except ImportError:
             raise UserError("schema: text held to a schema needs llguidance: pip install 'abyssal[serve]'") from None
+        if not self.ends:
+            raise UserError("schema: this model has no token that ends a text, which text held to a schema needs")
         try:
             read = json.loads(schema) if isinstance(schema, str) else schema
             text = json.dumps(read, allow_nan=False)

@@ -21,7 +21,7 @@ class Metrics:
     """Guessed tokens by depth; accepted: how many were right."""
     accepted: list[int] = field(default_factory=list)
     gave_up: int = 0
-    """Sequences that stopped guessing, since it did not pay."""
+    """Sequences that stopped guessing: it did not pay, or a module's numbers were broken."""
     finished: dict[str, int] = field(default_factory=dict)
     """Sequences that have ended, by reason."""
     running: int = 0

@@ -80,6 +80,14 @@ class PagePool:
         self._holders[page] = 1
         return page
 
+    def forget(self) -> None:
+        """Nothing is known any more; for a pool that nobody holds pages of, whose model has changed."""
+        assert self.in_use == 0
+        self._free += self._idle
+        self._idle.clear()
+        self._known.clear()
+        self.root = Node(-1, (), None)
+
     def release(self, pages: Pages[int]) -> None:
         """One holder lets go of ``pages``, a sequence's in its order."""
         for page in reversed(pages):

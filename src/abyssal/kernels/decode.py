@@ -102,10 +102,10 @@ def _matrix(weight: Matrix | None) -> native.Matrix:
 
 
 class Linear:
-    """``x`` [..., I] times ``weight`` [O, I], plus ``bias`` [O]: [..., O]."""
+    """``x`` [..., I] times ``weight`` [O, I]: [..., O]."""
 
-    def __init__(self, weight: Matrix, bias: Tensor | None = None) -> None:
-        self.weight, self.bias = weight, bias
+    def __init__(self, weight: Matrix) -> None:
+        self.weight = weight
         self.outputs, self.inputs = weight.shape
         self.compiled = _Compiled("linear", weight)
 
@@ -113,10 +113,10 @@ class Linear:
         *leading, inputs = x.shape
         rows, compiled = x.numel() // self.inputs, self.compiled
         if inputs != self.inputs or not 0 < rows <= _ROWS or (function := compiled.function(x)) is None:
-            return F.linear(x, dense(self.weight, x.dtype), self.bias)
+            return F.linear(x, dense(self.weight, x.dtype))
         out = x.new_empty((*leading, self.outputs))
         function(compiled.address, x.data_ptr(), out.data_ptr(), rows, torch.get_num_threads())
-        return out if self.bias is None else add(out, self.bias)
+        return out
 
 
 def dense(weight: Matrix, dtype: torch.dtype) -> Tensor:
@@ -227,6 +227,7 @@ def _one(weight: Matrix, expert: int, dtype: torch.dtype) -> Tensor:
 
 def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """:func:`~abyssal.kernels.fused.rms_norm` of a few rows ``x`` [..., D], in their dtype."""
+    _same("norm: numbers of weight", weight.shape, x.shape[-1:])
     return native.norm(x, weight, eps) if _runs(x, weight) else fused.rms_norm(x, weight, eps, x.dtype)
 
 
@@ -238,6 +239,7 @@ def add(a: Tensor, b: Tensor) -> Tensor:
 
 def join(a: Tensor, b: Tensor) -> Tensor:
     """``a`` and ``b``, of one shape [..., W], side by side: [..., 2W]."""
+    _same("join: shape of b", b.shape, a.shape)
     return native.join(a, b) if few(a) and a.dtype == b.dtype and _runs(a, b) else torch.cat((a, b), dim=-1)
 
 
@@ -264,6 +266,7 @@ def route(
 
     ``kept`` of ``groups`` groups may be chosen from; one counts by its best, or by the sum of its ``best_two``.
     """
+    _same("route: columns of weight", weight.shape[1], x.shape[-1])
     rules = native.Router(x.shape[-1], weight.shape[0], choices, groups, kept, sigmoid, best_two, normalized, scale)
     out = native.route(x.view(-1, x.shape[-1]), weight, bias, rules)
     indices, weights, scores = (y.view(*x.shape[:-1], y.shape[-1]) for y in out)
@@ -276,8 +279,12 @@ def write_latents(
     """Puts new tokens' latents and rotary keys into the cache (V3 paper eq. 1 and 3): ``kv`` [N, C + R] as
     kv_a_proj_with_mqa gives it, ``weight`` [C] of the latents' norm, ``tables`` [1, N, 1, R/2] of their positions,
     ``slots`` [N] int64 places in ``pool`` [P, page, C + R]."""
-    cos, sin = tables
-    places = pool.flatten(0, 1)
+    (cos, sin), rows, (_, _, width) = tables, kv.shape[0], pool.shape
+    half = (kv.shape[1] - weight.shape[0]) // 2
+    _same("latents: numbers of a token", kv.shape[1], width)
+    _same("latents: tables", (cos.shape, sin.shape), ((1, rows, 1, half),) * 2)
+    _same("latents: slots", slots.shape, (rows,))
+    places, slots = pool.flatten(0, 1), _int64(slots)
     if cos.dtype == sin.dtype == torch.float32 and pool.dtype == kv.dtype and _runs(kv, weight, pool, cos, sin):
         return native.write_latents(kv, weight, eps, cos, sin, slots, places, interleaved)
     latent, rotary = kv.split((weight.shape[0], kv.shape[1] - weight.shape[0]), dim=-1)
@@ -289,6 +296,9 @@ def write_latents(
 
 def write_rows(x: Tensor, slots: Tensor, pool: Tensor) -> None:
     """Puts ``x`` [N, ...] at ``slots`` [N] int64 of ``pool`` [P, page, ...]."""
+    _same("rows: numbers of a token", x.shape[1:], pool.shape[2:])
+    _same("rows: slots", slots.shape, x.shape[:1])
+    slots = _int64(slots)
     if x.dtype == pool.dtype and _runs(x, pool):
         return native.write_rows(x.flatten(1), slots, pool.flatten(0, 1).flatten(1))
     pool.flatten(0, 1).index_copy_(0, slots, x.to(pool.dtype))
@@ -426,6 +436,10 @@ def _gpu(*tensors: Tensor | Packed) -> ModuleType | None:
 
 def _pages(q: Tensor, *pools: Tensor) -> bool:
     return q.shape[0] > 0 and all(x.dtype == q.dtype for x in pools) and _runs(q, *pools)
+
+
+def _int64(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.int64 and x.is_contiguous() else x.long().contiguous()
 
 
 def _int32(x: Tensor) -> Tensor:

@@ -65,8 +65,8 @@ _SIGNATURES = {
     "add": "pppii",
     "join": "pppii",
     "norm": "ppfpii",
-    "route": "pppppppi",
-    "write_latents": "ppfppppiiiin",
+    "route": "pppppppin",
+    "write_latents": "ppfppppiiiinn",
     "write_rows": "pppiii",
 }
 # These return 1 for a number that is out of bounds.
@@ -561,7 +561,7 @@ def route(x: Tensor, weight: Tensor, bias: Tensor | None, router: Router) -> tup
     indices = _empty(rows, router.choices, dtype=torch.int64)
     weights, scores = _empty(rows, router.choices), _empty(rows, router.experts)
     outs = (indices, weights, scores, ctypes.byref(router))
-    _call("route", (x.dtype, weight.dtype), x, weight, bias, *outs, rows)
+    _call("route", (x.dtype, weight.dtype), x, weight, bias, *outs, rows, torch.get_num_threads())
     return indices, weights, scores
 
 
@@ -596,7 +596,7 @@ def write_latents(
     rows, latent = kv.shape[0], weight.shape[0]
     refused = _function("write_latents", _SUFFIX[kv.dtype] + _SUFFIX[weight.dtype])(
         *(kv.data_ptr(), weight.data_ptr(), eps, cos.data_ptr(), sin.data_ptr(), slots.data_ptr(), pool.data_ptr()),
-        *(rows, latent, kv.shape[1] - latent, pool.shape[0], int(interleaved)),
+        *(rows, latent, kv.shape[1] - latent, pool.shape[0], int(interleaved), torch.get_num_threads()),
     )
     _refuse_slots(refused, pool)
 

@@ -1,8 +1,8 @@
 // What a decoding step needs beside its matrices (native_decode.cpp): the small operations between them, for a few rows,
 // and the tape, which runs a whole step's calls one after the other.
 //
-// Each of these takes a microsecond or less, so none wakes a second thread. kernels/native.py says what each function
-// computes and in which shapes.
+// For a few rows each of these but the router's product takes a microsecond or less and wakes no second thread.
+// kernels/native.py says what each function computes and in which shapes.
 
 #include <algorithm>
 #include <cmath>
@@ -11,6 +11,14 @@
 #include <vector>
 
 #include "native_tape.h"
+
+struct Matrix {  // as in native_decode.cpp
+    const void *data, *scales;
+    int64_t rows, columns;
+};
+
+extern "C" void linear_ff(const Matrix* m, const float* x, float* out, int64_t rows, int threads);
+extern "C" void linear_fb(const Matrix* m, const float* x, float* out, int64_t rows, int threads);
 
 namespace {
 
@@ -78,6 +86,14 @@ float strength_of(const float* x, int64_t count, bool best_two) {
     return best_two ? first + second : first;
 }
 
+// x · weightᵀ in FP32, in the way that fits the weight's type.
+void product(const Matrix* m, const float* x, float* out, int64_t rows, int threads, const float*) {
+    linear_ff(m, x, out, rows, threads);
+}
+void product(const Matrix* m, const float* x, float* out, int64_t rows, int threads, const bf16*) {
+    linear_fb(m, x, out, rows, threads);
+}
+
 void score(const Router& r, float* s) {  // logits -> scores
     if (r.sigmoid) {
         for (int64_t i = 0; i < r.experts; i++) s[i] = 1.0f / (1.0f + std::exp(-s[i]));
@@ -116,29 +132,14 @@ void choose(const Router& r, const float* scores, const float* bias, int64_t* in
 
 template <typename T, typename W>
 void route(const T* x, const W* weight, const float* bias, int64_t* indices, float* weights, float* scores,
-           const Router& r, int64_t rows) {
-    constexpr int64_t wide = 4;  // experts at a time
-    float* row = space(r.hidden);
+           const Router& r, int64_t rows, int threads) {
+    float* numbers = space(rows * r.hidden);
+    for (int64_t i = 0; i < rows * r.hidden; i++) numbers[i] = get(x[i]);
+    Matrix m = {weight, nullptr, r.experts, r.hidden};
+    product(&m, numbers, scores, rows, threads, weight);
     for (int64_t n = 0; n < rows; n++) {
-        float* s = scores + n * r.experts;
-        for (int64_t i = 0; i < r.hidden; i++) row[i] = get(x[n * r.hidden + i]);
-        for (int64_t e = 0; e < r.experts; e += wide) {
-            const W* w[wide];
-            float sums[wide] = {};
-            for (int64_t j = 0; j < wide; j++) w[j] = weight + std::min(e + j, r.experts - 1) * r.hidden;
-            float a = 0.0f, b = 0.0f, c = 0.0f, d = 0.0f;
-#pragma omp simd reduction(+ : a, b, c, d)
-            for (int64_t i = 0; i < r.hidden; i++) {
-                a += row[i] * get(w[0][i]);
-                b += row[i] * get(w[1][i]);
-                c += row[i] * get(w[2][i]);
-                d += row[i] * get(w[3][i]);
-            }
-            sums[0] = a, sums[1] = b, sums[2] = c, sums[3] = d;
-            for (int64_t j = 0; j < std::min(wide, r.experts - e); j++) s[e + j] = sums[j];
-        }
-        score(r, s);
-        choose(r, s, bias, indices + n * r.choices, weights + n * r.choices);
+        score(r, scores + n * r.experts);
+        choose(r, scores + n * r.experts, bias, indices + n * r.choices, weights + n * r.choices);
     }
 }
 
@@ -147,10 +148,12 @@ void route(const T* x, const W* weight, const float* bias, int64_t* indices, flo
 // kv [rows, latent + rope]: the latents with their norm and the keys turned by position, into the pool's `slots`.
 template <typename T, typename W>
 int write_latents(const T* kv, const W* weight, float eps, const float* cosine, const float* sine, const int64_t* slots,
-                  T* pool, int64_t rows, int64_t latent, int64_t rope, int64_t places, bool interleaved) {
+                  T* pool, int64_t rows, int64_t latent, int64_t rope, int64_t places, bool interleaved, int threads) {
     int64_t half = rope / 2, step = interleaved ? 2 : 1, other = interleaved ? 1 : half;
     for (int64_t n = 0; n < rows; n++)
         if (slots[n] < 0 || slots[n] >= places) return 1;
+    if (rows <= 32) threads = 1;
+#pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t n = 0; n < rows; n++) {
         const T* from = kv + n * (latent + rope);
         T* to = pool + slots[n] * (latent + rope);
@@ -217,15 +220,15 @@ int64_t play(const Call* calls, int64_t count) {
     }                                                                                                                  \
     ON_TAPE(norm_##s)                                                                                                  \
     void route_##s(const T* x, const W* weight, const float* bias, int64_t* indices, float* weights, float* scores,    \
-                   const Router* r, int64_t rows) {                                                                    \
-        route(x, weight, bias, indices, weights, scores, *r, rows);                                                    \
+                   const Router* r, int64_t rows, int threads) {                                                       \
+        route(x, weight, bias, indices, weights, scores, *r, rows, threads);                                           \
     }                                                                                                                  \
     ON_TAPE(route_##s)                                                                                                 \
     int write_latents_##s(const T* kv, const W* weight, float eps, const float* cosine, const float* sine,             \
                           const int64_t* slots, T* pool, int64_t rows, int64_t latent, int64_t rope, int64_t places,   \
-                          int interleaved) {                                                                           \
+                          int interleaved, int threads) {                                                              \
         return write_latents(kv, weight, eps, cosine, sine, slots, pool, rows, latent, rope, places,                   \
-                             interleaved != 0);                                                                        \
+                             interleaved != 0, threads);                                                               \
     }                                                                                                                  \
     ON_TAPE(write_latents_##s)
 

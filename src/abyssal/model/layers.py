@@ -54,11 +54,8 @@ class Linear(nn.Linear, Decodes):
     def forward(self, x: Tensor) -> Tensor:
         if not decode.few(x):
             return F.linear(x, self.weight, self.bias)
-        out: Tensor = self.ready(self._decoder, self.weight)(x)
-        return out
-
-    def _decoder(self, weight: Tensor) -> decode.Linear:
-        return decode.Linear(weight, self.bias)
+        out: Tensor = self.ready(decode.Linear, self.weight)(x)
+        return out if self.bias is None else decode.add(out, self.bias)
 
 
 class RMSNorm(nn.Module):
