@@ -13,8 +13,8 @@ from torch import Tensor
 from abyssal.data.tokenizer import Tokenizer
 from abyssal.errors import UserError
 
-# JSON allows any number of blanks between its parts; a model that has lost its way would write nothing else.
-_BLANKS = r"[ \n\t]{0,16}"
+# JSON allows any number of blanks between its parts, and a model that has lost its way would write nothing else.
+_BLANKS = " ?"
 
 
 class Grammars:
