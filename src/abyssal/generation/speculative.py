@@ -31,6 +31,10 @@ from abyssal.model.block import Block
 from abyssal.model.paged import PagedCache
 
 TRIAL = 32  # guesses after which a sequence's acceptance is judged
+# Bytes a second from memory, by device; and seconds that a step and a guess take beside reading: scheduling, drawing,
+# checking (docs/notebook.md, on a CPU; on a GPU the same Python runs).
+_SPEED = {"cpu": 20e9, "cuda": 3e12}
+_STEP, _GUESS = 2.0e-3, 2.6e-3
 
 
 @dataclass(frozen=True)
@@ -161,22 +165,27 @@ def _guess(logits: Tensor, sequence: Sequence) -> Draft | None:
 
 
 def cost_of_a_draft(model: Transformer) -> float:
-    """What a guess adds to a step at batch 1, as a share of the step, in weights that must be read: the module, the
+    """What a guess adds to a step at batch 1, as a share of the step's time. A guess pays where it is accepted more
+    often than that.
+
+    Time is that of weights that must be read, and of what every pass takes beside them. A guess reads the module, the
     head once more, and for the row that checks it as many more routed experts as a token has, which in the worst case
-    are all others than those of the row before. A guess pays where it is accepted more often than that."""
-    head = model.lm_head.weight.numel()
+    are all others than those of the row before. Estimated, not timed: what is drawn must not hang on the clock.
+    """
+    speed = _SPEED.get(model.model.embed_tokens.weight.device.type, _SPEED["cpu"])
+    head = sum(x.nbytes for x in (*model.lm_head.parameters(), *model.lm_head.buffers()))
     blocks = [_read(model, block) for block in model.blocks]
-    routed = sum(routed for _, routed in blocks)
-    return (sum(_read(model, model.mtp_modules[-1])) + head + routed) / (sum(map(sum, blocks)) + head)
+    guess = sum(_read(model, model.mtp_modules[-1])) + head + sum(routed for _, routed in blocks)
+    return (_GUESS + guess / speed) / (_STEP + (sum(map(sum, blocks)) + head) / speed)
 
 
 def _read(model: Transformer, block: Block) -> tuple[float, float]:
-    """Numbers of a block that a token reads: those that every token reads, and those of routed experts."""
+    """Bytes of a block that a token reads: those that every token reads, and those of routed experts."""
     always, routed = 0.0, 0.0
     for name, tensor in (*block.named_parameters(), *block.named_buffers()):
         if name.startswith("mlp.experts."):
             assert model.config.moe is not None
-            routed += tensor.numel() * model.config.moe.num_experts_per_tok / model.config.moe.n_routed_experts
+            routed += tensor.nbytes * model.config.moe.num_experts_per_tok / model.config.moe.n_routed_experts
         else:
-            always += tensor.numel()
+            always += tensor.nbytes
     return always, routed
