@@ -12,7 +12,7 @@ from abyssal.checkpoint.convert import convert
 from abyssal.config import resolve_model
 from abyssal.data.tokenizer import byte_tokenizer
 from abyssal.errors import UserError
-from abyssal.loading import find, find_config
+from abyssal.loading import find, find_config, find_tokenizer
 from abyssal.model import Transformer
 
 NAME = "deep/tiny"
@@ -52,6 +52,13 @@ def test_offline_before(hub, published, monkeypatch):
     assert "HF_HUB_OFFLINE is set" in str(caught.value)
     assert str(constants.HF_HUB_CACHE) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_without_weights(hub, published):
+    folder = find(NAME, weights=False)
+    assert find_tokenizer(folder).fingerprint == byte_tokenizer().fingerprint
+    assert "tokenizer.json" in downloaded(hub)
+    assert not any(name.endswith(".safetensors") for name in downloaded(hub))
 
 
 def test_one_layer_downloads_its_own_files(hub, published, tmp_path):

@@ -3,8 +3,8 @@
 A published tokenizer carries its template as a Jinja program; transformers' `apply_chat_template` set the rules, and
 `ChatTemplate.render` gives the same text. What a template can count on: blocks that swallow the newline and the
 indentation around them, `{% break %}` and `{% continue %}`, `raise_exception(message)`, `strftime_now(format)`, a
-`tojson` that leaves Chinese and `<` as they are, `{% generation %}` (marks the assistant's own words for training;
-here its contents are just rendered), and the special tokens by name (`bos_token`, `eos_token`, ...).
+`tojson` that leaves Chinese and `<` as they are, `{% generation %}` (marks the assistant's own words for training:
+`ChatTemplate.render_marked` says where they are), and the special tokens by name (`bos_token`, `eos_token`, ...).
 
 A template comes from whoever made the checkpoint, so it runs in Jinja's sandbox and sees only copies of plain data.
 jinja2 is imported when the first template is rendered.
@@ -13,6 +13,8 @@ jinja2 is imported when the first template is rendered.
 from __future__ import annotations
 
 import json
+import re
+import secrets
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import cache, cached_property
@@ -24,6 +26,7 @@ from abyssal.errors import UserError
 if TYPE_CHECKING:
     from jinja2 import Template, nodes
     from jinja2.parser import Parser
+    from jinja2.runtime import Context
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 TEMPLATE_FILE = "chat_template.jinja"
@@ -31,6 +34,9 @@ LEGACY_FILE = "chat_template.json"
 
 # A message's reasoning goes by these names; templates read one of the first two. The first that is present counts.
 REASONING = ("reasoning_content", "thinking", "reasoning")
+
+# The variable with what is written before and after {% generation %}; no template can spell a name with blanks.
+MARKS = "marks of generation"
 
 
 class ChatTemplate:
@@ -55,6 +61,52 @@ class ChatTemplate:
         Raises UserError for messages that are no list of objects, for values that are no JSON, and for whatever the
         template itself raises (its syntax, a missing variable, `raise_exception`, what the sandbox forbids).
         """
+        return self._render(messages, tools, documents, add_generation_prompt, variables, ("", ""))
+
+    def render_marked(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        **variables: Any,
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """The conversation as :meth:`render` gives it, and the spans [start, end) of its characters that stand between
+        ``{% generation %}`` and ``{% endgeneration %}``, in order. Raises as :meth:`render` does, and where the
+        template cuts through such a span."""
+        nonce = secrets.randbits(128)  # nothing in the conversation can spell it
+        marks = (f"<{nonce}>", f"</{nonce}>")
+        written = self._render(messages, tools, documents, False, variables, marks)
+        spans: list[tuple[int, int]] = []
+        text, depth, start = "", 0, 0
+        for part in re.split(f"({'|'.join(marks)})", written):
+            if part == marks[0]:
+                start = len(text) if depth == 0 else start
+                depth += 1
+            elif part == marks[1]:
+                depth -= 1
+                if depth == 0:
+                    spans.append((start, len(text)))
+            else:
+                text += part
+        if depth != 0 or text != self._render(messages, tools, documents, False, variables, ("", "")):
+            raise UserError("chat template: it takes what is between {% generation %} and {% endgeneration %} apart")
+        return text, spans
+
+    @cached_property
+    def marks_answers(self) -> bool:
+        """Whether the template says with ``{% generation %}`` what the assistant's own words are."""
+        return re.search(r"{%[-+]?\s*generation\s*[-+]?%}", self.source) is not None
+
+    def _render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None,
+        documents: Sequence[Mapping[str, Any]] | None,
+        add_generation_prompt: bool,
+        variables: Mapping[str, Any],
+        marks: tuple[str, str],
+    ) -> str:
         conversation = [
             _with_reasoning({key: value for key, value in message.items() if value is not None})
             for message in _objects("messages", messages)
@@ -66,6 +118,7 @@ class ChatTemplate:
         given["tools"] = None if tools is None else _objects("tools", tools)
         given["documents"] = None if documents is None else _objects("documents", documents)
         given["add_generation_prompt"] = add_generation_prompt
+        given[MARKS] = marks
         _environment()  # outside the try: if it cannot be built, no template is to blame
         try:
             return self._template.render(given)
@@ -154,7 +207,7 @@ def read_object(file: Path) -> dict[str, Any]:
 @cache
 def _environment() -> ImmutableSandboxedEnvironment:
     import jinja2.ext
-    from jinja2 import TemplateError, nodes
+    from jinja2 import TemplateError, nodes, pass_context
     from jinja2.exceptions import SecurityError
     from jinja2.sandbox import ImmutableSandboxedEnvironment
     from jinja2.utils import Namespace
@@ -162,10 +215,15 @@ def _environment() -> ImmutableSandboxedEnvironment:
     class Generation(jinja2.ext.Extension):
         tags = {"generation"}  # noqa: RUF012  (jinja2's own declaration)
 
-        def parse(self, parser: Parser) -> nodes.Node:
+        def parse(self, parser: Parser) -> list[nodes.Node]:
             line = next(parser.stream).lineno
             body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return nodes.Scope(body, lineno=line)
+            begin, end = (nodes.Output([self.call_method("mark", [nodes.Const(n)])], lineno=line) for n in range(2))
+            return [begin, nodes.Scope(body, lineno=line), end]
+
+        @pass_context
+        def mark(self, context: Context, which: int) -> str:
+            return context[MARKS][which]
 
     # The two globals of Jinja that are Python types. A type handed to a template is one more door to close: `dict`
     # becomes an object, and a namespace may hold no `__class__` with which to pass for something else.

@@ -29,14 +29,18 @@ from abyssal.errors import UserError
 @dataclass
 class Batch:
     """`tokens` int64 [B, T + L]; `documents` int64 [B, T + L], the number of the document each token is in, -1 for
-    padding (where `tokens` is 0)."""
+    padding (where `tokens` is 0). `learned` bool [B, T + L]: the tokens that count as targets, or None for all of
+    them. `isolated`: attention stays within a document, and positions begin anew in each."""
 
     tokens: torch.Tensor
     documents: torch.Tensor
+    learned: torch.Tensor | None = None
+    isolated: bool = False
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on `device`."""
-        return Batch(self.tokens.to(device), self.documents.to(device))
+        learned = None if self.learned is None else self.learned.to(device)
+        return Batch(self.tokens.to(device), self.documents.to(device), learned, self.isolated)
 
 
 class Loader:
@@ -46,7 +50,7 @@ class Loader:
     def __init__(
         self, shards: TokenShards, *, batch_size: int, sequence_length: int, lookahead: int, seed: int
     ) -> None:
-        _check_positive(batch_size=batch_size, sequence_length=sequence_length, lookahead=lookahead)
+        check_positive(batch_size=batch_size, sequence_length=sequence_length, lookahead=lookahead)
         needed = sequence_length + lookahead
         if len(shards) < needed:
             raise UserError(
@@ -117,7 +121,7 @@ def validation_batches(
     """The split from its first token to its last in windows of T + L, at most `limit` batches; the last batch may hold
     fewer windows. A target counts where ``documents[:, 1 : T + 1]`` is not -1: each token but the very first once.
     Raises UserError for a split of fewer than two tokens."""
-    _check_positive(batch_size=batch_size, sequence_length=sequence_length, lookahead=lookahead)
+    check_positive(batch_size=batch_size, sequence_length=sequence_length, lookahead=lookahead)
     if len(shards) < 2:
         raise UserError(f"the corpus has {len(shards)} tokens; validation needs at least 2, one to predict the other")
     starts = range(0, len(shards) - 1, sequence_length)
@@ -136,7 +140,8 @@ def _batch(shards: TokenShards, starts: list[int] | range, length: int) -> Batch
     return Batch(torch.from_numpy(tokens), torch.from_numpy(documents))
 
 
-def _check_positive(**values: int) -> None:
+def check_positive(**values: int) -> None:
+    """Raises UserError, with the name, for a value below 1."""
     for name, value in values.items():
         if value < 1:
             raise UserError(f"{name} is {value}; expected at least 1")

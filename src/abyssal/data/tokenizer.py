@@ -90,9 +90,7 @@ class Tokenizer:
         self.adds_bos: bool = bos is not None and self.config.get("add_bos_token") is not False
         self.chat: ChatTemplate | None = None
         if template is not None:
-            ends = {"bos_token": bos, "eos_token": eos}
-            named = special_tokens(self.config) | {name: token for name, token in ends.items() if token is not None}
-            self.chat = ChatTemplate(template, named)
+            self.chat = ChatTemplate(template, self._named())
 
         added = backend.get_added_tokens_decoder()
         vocabulary = backend.get_vocab(with_added_tokens=True)
@@ -132,7 +130,23 @@ class Tokenizer:
 
     def encode_rendered(self, text: str) -> list[int]:
         """The ids of what :meth:`render_chat` gave: special tokens spelt in it are those tokens."""
-        return _encode(self._finding_special, [text])[0]
+        return self.encode_rendered_batch([text])[0]
+
+    def encode_rendered_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode_rendered` of each text, spread over the processor's cores."""
+        return _encode(self._finding_special, texts)
+
+    def with_template(self, template: str) -> Tokenizer:
+        """The same tokenizer with another chat template."""
+        changed = copy.copy(self)
+        changed.__dict__.pop("end_of_turn_ids", None)  # worked out from the template
+        changed.chat = ChatTemplate(template, self._named())
+        return changed
+
+    def _named(self) -> dict[str, str]:
+        """The special tokens that a template may name."""
+        ends = {"bos_token": self.bos, "eos_token": self.eos}
+        return special_tokens(self.config) | {name: token for name, token in ends.items() if token is not None}
 
     @cached_property
     def end_of_turn_ids(self) -> frozenset[int]:
