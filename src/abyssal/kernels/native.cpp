@@ -241,52 +241,60 @@ void cross_entropy(T* logits, const int64_t* targets, int64_t ignored, float* na
     }
 }
 
-// scores: [heads, queries, keys] q·k without scale; query t sees keys 0 … first + t. They become probabilities, 0 beyond.
+// scores: [heads, queries, keys] q·k without scale; query t sees keys lows[t] … first + t (without lows: from key 0 on).
+// They become probabilities, 0 elsewhere.
 template <typename T>
-void causal_softmax(T* scores, float scale, int64_t first, float* log_sums, int64_t heads, int64_t queries, int64_t keys,
-                    int threads) {
+void causal_softmax(T* scores, float scale, int64_t first, const int32_t* lows, float* log_sums, int64_t heads,
+                    int64_t queries, int64_t keys, int threads) {
 #pragma omp parallel num_threads(threads)
     {
         std::vector<float> row_exponentials(size_t(keys + lanes));
         float* e = row_exponentials.data();
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < heads * queries; i++) {
+            int64_t low = lows == nullptr ? 0 : lows[i % queries], above = keys - low;
             T* row = scores + i * keys;
-            int64_t seen = first + i % queries + 1;
-            seen = seen < keys ? seen : keys;
+            std::memset(row, 0, size_t(low) * sizeof(T));
+            row += low;
+            int64_t seen = first + i % queries + 1 - low;
+            seen = seen < above ? seen : above;
             float inverse;
             log_sums[i] = exponentials(row, seen, scale, e, inverse);
-            std::memset(e + seen, 0, size_t(keys - seen) * sizeof(float));
+            std::memset(e + seen, 0, size_t(above - seen) * sizeof(float));
 #pragma omp simd
-            for (int64_t j = 0; j < keys; j++) put(row[j], e[j] * inverse);
+            for (int64_t j = 0; j < above; j++) put(row[j], e[j] * inverse);
         }
     }
 }
 
 // scores become probabilities again; grad, the gradient of the probabilities, becomes that of q·k.
 template <typename T>
-void causal_softmax_backward(T* scores, T* grad, float scale, int64_t first, const float* log_sums, int64_t heads,
-                             int64_t queries, int64_t keys, int threads) {
+void causal_softmax_backward(T* scores, T* grad, float scale, int64_t first, const int32_t* lows, const float* log_sums,
+                             int64_t heads, int64_t queries, int64_t keys, int threads) {
 #pragma omp parallel num_threads(threads)
     {
         std::vector<float> row_probabilities(size_t(keys + lanes));
         float* p = row_probabilities.data();
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < heads * queries; i++) {
+            int64_t low = lows == nullptr ? 0 : lows[i % queries], above = keys - low;
             T *row = scores + i * keys, *g = grad + i * keys;
-            int64_t seen = first + i % queries + 1;
-            seen = seen < keys ? seen : keys;
+            std::memset(row, 0, size_t(low) * sizeof(T));
+            std::memset(g, 0, size_t(low) * sizeof(T));
+            row += low, g += low;
+            int64_t seen = first + i % queries + 1 - low;
+            seen = seen < above ? seen : above;
             // Whole vectors, where the row has room for them: what is beyond `seen` is zeroed below.
             int64_t until = (seen + lanes - 1) / lanes * lanes;
-            until = until < keys ? until : keys;
+            until = until < above ? until : above;
             float log_sum = log_sums[i], dot = 0.0f;
 #pragma omp simd
             for (int64_t j = 0; j < until; j++) p[j] = exponential(get(row[j]) * scale - log_sum);
-            std::memset(p + seen, 0, size_t(keys - seen) * sizeof(float));
+            std::memset(p + seen, 0, size_t(above - seen) * sizeof(float));
 #pragma omp simd reduction(+ : dot)
             for (int64_t j = 0; j < until; j++) dot += p[j] == 0.0f ? 0.0f : p[j] * get(g[j]);
 #pragma omp simd
-            for (int64_t j = 0; j < keys; j++) {
+            for (int64_t j = 0; j < above; j++) {
                 put(row[j], p[j]);
                 put(g[j], p[j] == 0.0f ? 0.0f : p[j] * (get(g[j]) - dot) * scale);
             }
@@ -453,13 +461,14 @@ void expert_places(const int64_t* experts, int64_t n, int64_t* next, int32_t* sl
                            int64_t width, int threads) {                                                               \
         cross_entropy(logits, targets, ignored, nats, rows, width, threads);                                           \
     }                                                                                                                  \
-    void causal_softmax_##s(T* scores, float scale, int64_t first, float* log_sums, int64_t heads, int64_t queries,    \
-                            int64_t keys, int threads) {                                                               \
-        causal_softmax(scores, scale, first, log_sums, heads, queries, keys, threads);                                 \
+    void causal_softmax_##s(T* scores, float scale, int64_t first, const int32_t* lows, float* log_sums,               \
+                            int64_t heads, int64_t queries, int64_t keys, int threads) {                               \
+        causal_softmax(scores, scale, first, lows, log_sums, heads, queries, keys, threads);                           \
     }                                                                                                                  \
-    void causal_softmax_backward_##s(T* scores, T* grad, float scale, int64_t first, const float* log_sums,            \
-                                     int64_t heads, int64_t queries, int64_t keys, int threads) {                      \
-        causal_softmax_backward(scores, grad, scale, first, log_sums, heads, queries, keys, threads);                  \
+    void causal_softmax_backward_##s(T* scores, T* grad, float scale, int64_t first, const int32_t* lows,              \
+                                     const float* log_sums, int64_t heads, int64_t queries, int64_t keys,              \
+                                     int threads) {                                                                    \
+        causal_softmax_backward(scores, grad, scale, first, lows, log_sums, heads, queries, keys, threads);            \
     }                                                                                                                  \
     void turn_heads_##s(const T* x, const float* cosine, const float* sine, T* out, const Heads* h, int back) {        \
         turn_heads(x, cosine, sine, out, *h, back != 0);                                                               \

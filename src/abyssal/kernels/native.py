@@ -45,8 +45,8 @@ _SIGNATURES = {
     "gather_rows": "ppipiin",
     "sum_rows": "ppipiin",
     "cross_entropy": "ppipiin",
-    "causal_softmax": "pfipiiin",
-    "causal_softmax_backward": "ppfipiiin",
+    "causal_softmax": "pfippiiin",
+    "causal_softmax_backward": "ppfippiiin",
     "turn_heads": "pppppn",
     "keys_values": "ppppp",
     "keys_values_backward": "ppppp",
@@ -255,14 +255,18 @@ def _grouped(kind: int, left: Tensor, right: Tensor, out: Tensor, bounds: list[i
     return out
 
 
-def grouped_product(x: Tensor, weight: Tensor, bounds: list[int]) -> Tensor:
+def grouped_product(x: Tensor, weight: Tensor, bounds: list[int], onto: Tensor | None = None) -> Tensor:
     """Each expert's rows times its matrix: ``x`` [P, I], ``weight`` [E, O, I] -> [P, O]; expert e has the rows
-    bounds[e] to bounds[e + 1]."""
+    bounds[e] to bounds[e + 1]. Added to ``onto``, contiguous, where that is given."""
+    if onto is not None:
+        return _grouped(4, x, weight, onto, bounds, weight.shape)
     return _grouped(0, x, weight, x.new_empty(x.shape[0], weight.shape[1]), bounds, weight.shape)
 
 
-def grouped_product_backward_x(grad: Tensor, weight: Tensor, bounds: list[int]) -> Tensor:
-    """``grad`` [P, O], ``weight`` [E, O, I] -> the gradient of x, [P, I]."""
+def grouped_product_backward_x(grad: Tensor, weight: Tensor, bounds: list[int], onto: Tensor | None = None) -> Tensor:
+    """``grad`` [P, O], ``weight`` [E, O, I] -> the gradient of x, [P, I]; ``onto`` as above."""
+    if onto is not None:
+        return _grouped(5, grad, weight, onto, bounds, weight.shape)
     return _grouped(1, grad, weight, grad.new_empty(grad.shape[0], weight.shape[2]), bounds, weight.shape)
 
 
@@ -345,23 +349,24 @@ def cross_entropy_(logits: Tensor, targets: Tensor, ignored: int) -> Tensor:
     return nats.sum()
 
 
-def causal_softmax_(scores: Tensor, scale: float, first: int) -> Tensor:
-    """``scores`` [M, t, S] (q · k, contiguous) become probabilities, where query i sees keys 0 … first + i.
+def causal_softmax_(scores: Tensor, scale: float, first: int, lows: Tensor | None = None) -> Tensor:
+    """``scores`` [M, t, S] (q · k, contiguous) become probabilities, where query i sees keys lows[i] … first + i;
+    ``lows`` [t] int32, contiguous, 0 ≤ lows[i] ≤ first + i < S (None: from key 0 on).
 
     Returns the logarithm of each row's sum of exponentials, [M, t] FP32.
     """
     log_sums = _empty(*scores.shape[:2])
-    _call("causal_softmax", (scores.dtype,), scores, scale, first, log_sums, *scores.shape, torch.get_num_threads())
+    sizes = (*scores.shape, torch.get_num_threads())
+    _call("causal_softmax", (scores.dtype,), scores, scale, first, lows, log_sums, *sizes)
     return log_sums
 
 
-def causal_softmax_backward_(scores: Tensor, grad: Tensor, scale: float, first: int, log_sums: Tensor) -> None:
+def causal_softmax_backward_(
+    scores: Tensor, grad: Tensor, scale: float, first: int, log_sums: Tensor, lows: Tensor | None = None
+) -> None:
     """``scores`` become probabilities as above, ``grad`` (of the probabilities) becomes the gradient of q · k."""
-    _call(
-        "causal_softmax_backward",
-        (scores.dtype,),
-        *(scores, grad, scale, first, log_sums, *scores.shape, torch.get_num_threads()),
-    )
+    sizes = (*scores.shape, torch.get_num_threads())
+    _call("causal_softmax_backward", (scores.dtype,), scores, grad, scale, first, lows, log_sums, *sizes)
 
 
 _SMALL = 2**15  # numbers; up to here a second thread is not worth waking

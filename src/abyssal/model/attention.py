@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from abyssal.config import MHAConfig, MLAConfig, ModelConfig
 from abyssal.kernels import decode
-from abyssal.kernels.attention import attention
+from abyssal.kernels.attention import Documents, attention
 from abyssal.kernels.heads import keys_values, rotate, turn_heads, turn_rows
 from abyssal.model.cache import LayerCache
 from abyssal.model.fp8 import dense_weight
@@ -61,6 +61,8 @@ class Context:
     """Cosine and sine of all keys' positions, [B, S, 1, R/2]; only where a study variant caches keys unturned."""
     pieces: tuple[Context, ...] = ()
     """For a ragged pass: what there is to know about each of its pieces (:class:`abyssal.model.paged.Ragged`)."""
+    documents: Documents | None = None
+    """Of packed sequences, without a mask: the documents within which attention stays."""
 
 
 def build_mask(valid: Tensor | None, start: int, queries: int, device: torch.device) -> tuple[Tensor | None, bool]:
@@ -78,7 +80,8 @@ def build_mask(valid: Tensor | None, start: int, queries: int, device: torch.dev
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, context: Context) -> Tensor:
     """Softmax attention, eq. (10): q [B, H, T, d], k [B, H', S, d], v [B, H', S, V] -> [B, T, H·V]; H' divides H."""
-    return attention(q, k, v, scale, context.mask, context.causal).transpose(1, 2).flatten(2)
+    out = attention(q, k, v, scale, context.mask, context.causal, context.documents)
+    return out.transpose(1, 2).flatten(2)
 
 
 def side_by_side(outs: list[Tensor]) -> Tensor:
@@ -249,7 +252,9 @@ class LatentAttention(Queries):
         rows = q.reshape(batch, 1, self.heads * queries, -1)
         past = past.to(q.dtype).unsqueeze(1)
         mask = context.mask
-        if mask is None and context.causal:
+        if context.documents is not None:
+            mask = context.documents.mask
+        elif mask is None and context.causal:
             mask = torch.ones(1, 1, queries, queries, dtype=torch.bool, device=q.device).tril()
         if mask is not None:
             mask = mask.expand(-1, self.heads, -1, -1).flatten(1, 2).unsqueeze(1)

@@ -128,11 +128,12 @@ class MTPModule(Block):
         context: Context,
         *,
         cache: PagedLayer | None = None,
+        valid: Tensor | None = None,
         recorder: Recorder | None = None,
         recompute: bool = False,
     ) -> Tensor:
         """``hidden`` h_i and ``embedding`` of the token one further, both [B, T, D] -> hidden states for the head."""
         x = self.eh_proj(decode.join(self.enorm(embedding), self.hnorm(hidden)))
-        x = self(x, context, cache=cache, recorder=recorder, recompute=recompute)
+        x = self(x, context, cache=cache, valid=valid, recorder=recorder, recompute=recompute)
         out: Tensor = self.shared_head["norm"](x)
         return out

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from abyssal.config import ModelConfig
 from abyssal.errors import UserError
+from abyssal.kernels.attention import Documents
 from abyssal.model.attention import Context, build_mask
 from abyssal.model.block import Block, MTPModule
 from abyssal.model.cache import Cache
@@ -111,19 +112,28 @@ class Transformer(nn.Module):
         cache: Cache | PagedCache | None = None,
         recorder: Recorder | None = None,
         recompute: bool = False,
+        documents: Tensor | None = None,
     ) -> Tensor:
         """Hidden states after ``model.norm``, [B, T, D]: what the head and the first MTP module take.
 
-        ``recompute`` drops activations and computes them again in the backward pass.
+        ``recompute`` drops activations and computes them again in the backward pass. ``documents`` int64 [B, T]: which
+        document each token of packed sequences is in, a run of equal numbers being one, and of -1 padding; every
+        document comes out as it would alone. Raises ValueError for documents together with a cache or ``valid``.
         """
         self._check_tokens(tokens)
         count = tokens.shape[1]
+        if documents is not None:
+            if cache is not None or valid is not None:
+                raise ValueError("documents: neither a cache nor valid goes with them")
+            valid = documents >= 0
         if isinstance(cache, PagedCache):
             context = self.ragged_context(cache.ragged)
         elif cache is not None:
             cache.extend(count, valid)
             unturned = not cache.layers[0].expanded
             context = self._context(cache.length, count, cache.valid, tokens.device, cached=unturned)
+        elif documents is not None:
+            context = self._packed_context(documents)
         else:
             context = self._context(0, count, valid, tokens.device)
         x = self.model.embed_tokens(tokens)
@@ -150,22 +160,32 @@ class Transformer(nn.Module):
         return out
 
     def mtp_hidden(
-        self, hidden: Tensor, tokens: Tensor, *, recorder: Recorder | None = None, recompute: bool = False
+        self,
+        hidden: Tensor,
+        tokens: Tensor,
+        *,
+        recorder: Recorder | None = None,
+        recompute: bool = False,
+        documents: Tensor | None = None,
     ) -> list[Tensor]:
         """Hidden states of each MTP module, [B, T, D] each: depth k (from 1) at position i is for token i + k + 1.
 
         ``hidden`` [B, T, D] comes from :meth:`hidden` for ``tokens[:, :T]``; ``tokens`` [B, T + depth] go on for as
-        many tokens as there are modules. Apply ``lm_head`` for logits.
+        many tokens as there are modules. Apply ``lm_head`` for logits. ``documents`` [B, T] as in :meth:`hidden`;
+        whoever trains leaves out positions whose token i + k + 1 lies in another one.
         """
         self._check_tokens(tokens)
         count = hidden.shape[1]
         if tokens.shape[1] < count + len(self.mtp_modules):
             raise ValueError(f"tokens: {tokens.shape[1]} a row are too few for {count} + {len(self.mtp_modules)}")
-        context = self._context(0, count, None, tokens.device)
+        if documents is None:
+            context, valid = self._context(0, count, None, tokens.device), None
+        else:
+            context, valid = self._packed_context(documents), documents >= 0
         out = []
         for k, module in enumerate(self.mtp_modules, start=1):
             embedding = self.model.embed_tokens(tokens[:, k : k + count])
-            hidden = module.predict(hidden, embedding, context, recorder=recorder, recompute=recompute)
+            hidden = module.predict(hidden, embedding, context, valid=valid, recorder=recorder, recompute=recompute)
             out.append(hidden)
         return out
 
@@ -200,6 +220,13 @@ class Transformer(nn.Module):
             key_rope = rotary_tables(self.config.rope, attention.rotary_dim, positions, dtype)
         mask, causal = build_mask(valid, start, count, device)
         return Context(rope, start, mask, causal, key_rope)
+
+    def _packed_context(self, documents: Tensor) -> Context:
+        packed = Documents.of(documents)
+        positions = torch.arange(documents.shape[1], device=documents.device) - packed.starts
+        dtype = self.lm_head.weight.dtype
+        rope = rotary_tables(self.config.rope, self.config.attention.rotary_dim, positions, dtype)
+        return Context(rope, 0, None, causal=True, documents=packed)
 
     def ragged_context(self, ragged: Ragged) -> Context:
         """What attention needs to know of the tokens of a ragged pass."""
