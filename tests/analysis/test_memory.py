@@ -15,6 +15,8 @@ from abyssal.config import ModelConfig, preset
 from abyssal.data.loader import Batch
 from abyssal.kernels import native
 from abyssal.model import Transformer
+from abyssal.model.lora import add_lora
+from abyssal.model.quantized import use_packed
 from abyssal.training.hardware import autocast
 from abyssal.training.loss import compute_losses, total_loss
 from abyssal.training.recipe import BalanceConfig, OptimizerConfig
@@ -90,7 +92,7 @@ SETUPS = st.sampled_from(
         TrainingSetup(1, 64),
         TrainingSetup(2, 64, accumulate=8, recompute=True),
         TrainingSetup(1, 64, dtype="float32", optimizer="muon"),
-        TrainingSetup(1, 64, adapters=Adapters(4), nf4=True),
+        TrainingSetup(1, 64, adapters=Adapters(4), frozen="nf4"),
     ]
 )
 V3 = Inventory(preset("deepseek-v3"))
@@ -175,14 +177,66 @@ def test_adapters_by_hand() -> None:
         "shared": 8 * 3 * (64 + 48),
         "experts": 4 * 8 * ((64 + 96) + (48 + 64)),
     }
-    setup = TrainingSetup(1, 64, adapters=Adapters(8), nf4=True)
+    setup = TrainingSetup(1, 64, adapters=Adapters(8), frozen="nf4")
     state = TrainingMemory(inventory, setup).state(Layout())
     assert state["adapters"] == 16 * sum(found.values())  # FP32 number, gradient, two moments
-    quantised = sum(w.numel for w in inventory.weights if w.adaptable)
+    # Every projection, each expert's gate and up by themselves: whole blocks of 64, groups of 256 blocks, and a mean.
+    quantised = 0
+    for w in inventory.weights:
+        if w.adaptable:
+            matrices = 1 if len(w.shape) == 2 else 4 * (2 if "gate_up" in w.name else 1)
+            blocks = math.ceil(w.numel / matrices / 64)
+            quantised += matrices * (32 * blocks + blocks + 4 * math.ceil(blocks / 256) + 4)
     rest = sum(w.numel for w in inventory.weights if not w.adaptable and w.trained)
     biases = sum(w.numel for w in inventory.weights if not w.trained)
-    expected = quantised * (1 / 2 + 1 / 64 + 4 / 64 / 256) + 2 * rest + 4 * biases
-    assert state["weights"] == pytest.approx(expected, abs=1)
+    assert state["weights"] == quantised + 2 * rest + 4 * biases
+
+
+@pytest.mark.parametrize("frozen", ["dense", "int8", "int4", "nf4"])
+@pytest.mark.parametrize("attention", ["mha", "mla"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_frozen_weights_and_adapters_are_those_of_the_modules(frozen: str, attention: str, tied: bool) -> None:
+    """To the byte: what packed modules hold; of adapters FP32 numbers, gradients and two moments."""
+    if frozen == "nf4":
+        pytest.importorskip("bitsandbytes")
+    config = small(attention, depths=1, tied=tied)
+    with torch.device("meta"):
+        model = Transformer(config).bfloat16()
+        if frozen != "dense":
+            use_packed(model, frozen)
+        trained = add_lora(model, "all", 4, 8.0).trainable
+    unique = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    setup = TrainingSetup(1, 64, adapters=Adapters(4), frozen=frozen)
+    state = TrainingMemory(Inventory(config), setup).state(Layout())
+    assert trained > 0
+    assert state == {"weights": nbytes(unique.values()) - 4 * trained, "adapters": 16 * trained}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_esft_s_state_by_hand(dtype: str, accumulate: int) -> None:
+    """One of four experts of the one MoE layer: 2 bytes and 2 more of its FP32 number, its gradient, two moments."""
+    inventory = Inventory(small("mla", depths=1))
+    whole = sum(w.numel for w in inventory.weights if w.trained)
+    biases = sum(w.numel for w in inventory.weights if not w.trained)
+    expert = 3 * 48 * 64
+    setup = TrainingSetup(1, 64, accumulate, dtype, adapters=Adapters.esft(0.25))
+    half = dtype == "bfloat16"
+    assert TrainingMemory(inventory, setup).state(Layout()) == {
+        "weights": (2 if half else 4) * whole + 4 * biases,
+        "gradients": (2 if half and accumulate == 1 else 4) * expert,
+        "optimizer": (10 if half else 8) * expert,
+    }
+
+
+def test_what_is_dequantised_at_a_time() -> None:
+    """In BF16: an expert's gate and up, or 2^22 numbers of a large matrix."""
+    for name, numbers in (("deepseek-v3", 2 * 2048 * 7168), ("llama2-7b", 2**22)):
+        setup = TrainingSetup(1, 64, adapters=Adapters(4), frozen="nf4")
+        memory = TrainingMemory(Inventory(preset(name)), setup).of(Layout())
+        assert memory.by_term["dequantised weights"] == 2 * numbers
+        dense = TrainingMemory(Inventory(preset(name)), TrainingSetup(1, 64, adapters=Adapters(4))).of(Layout())
+        assert "dequantised weights" not in dense.by_term
 
 
 @pytest.mark.skipif(native.library() is None, reason="plain PyTorch, which runs here, saves more")

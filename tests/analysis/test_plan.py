@@ -129,7 +129,7 @@ def test_what_would_fit_does() -> None:
         Planner(config, wishes).training()
     assert "the largest term is optimizer" in str(raised.value)
     assert Planner(config, replace(wishes, gpus=8)).training()
-    assert Planner(config, replace(wishes, adapters=Adapters(16), nf4=True)).training()
+    assert Planner(config, replace(wishes, adapters=Adapters(16), frozen="nf4")).training()
     with pytest.raises(UserError, match=r"would fit: .*--micro-batch 1"):
         Planner(config, Wishes(8, FORTY, micro_batch=64)).training()
     with pytest.raises(UserError, match=r"would fit: .*--recompute"):
@@ -164,7 +164,7 @@ def test_what_would_fit_does() -> None:
         ("demo", {"mfu": math.nan}, r"--mfu: nan"),
         ("demo", {"reserve": 1.0}, r"--reserve: 1 is not"),
         ("demo", {"adapters": Adapters(0)}, r"--lora: rank 0 is not between"),
-        ("demo", {"adapters": Adapters(1000), "nf4": True}, r"--qlora: rank 1000 is not between 1 and 256"),
+        ("demo", {"adapters": Adapters(1000), "frozen": "nf4"}, r"--qlora: rank 1000 is not between 1 and 256"),
     ],
 )
 def test_bad_wishes(name: str, wishes: dict[str, object], message: str) -> None:
@@ -232,8 +232,8 @@ def plain_experts(self: Experts, x: Tensor, indices: Tensor, weights: Tensor) ->
 def test_lora_s_flops_are_those_torch_counts(
     depths: int, parts: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Frozen weights have one product in the backward pass. The embedding trains here, which costs no product, so that
-    the first layers' inputs have gradients as all others."""
+    """Frozen weights have one product in the backward pass, and MTP modules do not run. The embedding trains here,
+    which costs no product, so that the first layers' inputs have gradients as all others."""
     attention = {"kind": "mla", "num_attention_heads": 3, "kv_lora_rank": 7, "q_lora_rank": 11, "qk_nope_head_dim": 6}
     attention |= {"qk_rope_head_dim": 4, "v_head_dim": 12}  # wider than keys: narrower ones are padded, and counted
     moe = {"n_routed_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 10, "first_k_dense_replace": 1}
@@ -263,12 +263,11 @@ def test_lora_s_flops_are_those_torch_counts(
     counter = FlopCounterMode(display=False)
     with sdpa_kernel(SDPBackend.MATH), counter:
         hidden = [model.hidden(tokens[:, :context])]
-        hidden += model.mtp_hidden(hidden[0], tokens)
         torch.stack([model.lm_head(h).sum() for h in hidden]).sum().backward()
     derived = training_flops(Inventory(config), context, Adapters(4, parts))
     # Torch counts attention in full, each token to all tokens.
     counts = count_flops(config, context)
-    scores = sum(by.get("attention scores and values", 0) for by in (counts.by_part, counts.mtp_by_part))
+    scores = counts.by_part["attention scores and values"]
     assert counter.get_total_flops() == batch * context * (derived + 3 * scores * (context - 1) // (context + 1))
 
 
@@ -298,7 +297,10 @@ def followed(text: str, wishes: Wishes) -> Wishes:
     if "--state 8bit" in text:
         change["state"] = "8bit"
     if match := re.search(r"--q?lora (\d+)", text):
-        change |= {"adapters": replace(wishes.adapters or Adapters(1), rank=int(match[1])), "nf4": "--qlora" in text}
+        change |= {
+            "adapters": replace(wishes.adapters or Adapters(1), rank=int(match[1])),
+            "frozen": "nf4" if "--qlora" in text else "dense",
+        }
     assert change, text
     return replace(wishes, **change)
 

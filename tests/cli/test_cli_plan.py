@@ -93,6 +93,15 @@ def test_inference_alone() -> None:
 
 def test_qlora() -> None:
     assert "NF4" in run("deepseek-v2-lite", "--gpu-memory", "24GB", "--qlora", "16")
+    same = run("deepseek-v2-lite", "--gpu-memory", "24GB", "--lora", "16", "--frozen", "nf4")
+    assert same == run("deepseek-v2-lite", "--gpu-memory", "24GB", "--qlora", "16")
+    assert "int8 and BF16" in run("deepseek-v2-lite", "--gpu-memory", "40GB", "--lora", "16", "--frozen", "int8")
+
+
+def test_esft() -> None:
+    text = run("deepseek-v2-lite", "--gpu-memory", "80GB", "--esft", "0.1")
+    assert "ESFT of 10.0% of the experts" in text
+    assert "gradients" in text
 
 
 def test_published() -> None:
@@ -134,6 +143,9 @@ def test_published_beside_a_plan() -> None:
         (("--published", "--tokens", "1M"), "none are kept"),
         (("--gpu", "h100", "--gpu-tflops", "0"), "--gpu-tflops: 0"),
         (("--gpu", "h100", "--lora", "4", "--qlora", "4"), "take one of them"),
+        (("--gpu", "h100", "--esft", "0.1", "--qlora", "4"), "--qlora 4 and --esft 0.1: take one of them"),
+        (("--gpu", "h100", "--esft", "1.5"), "--esft: 1.5 is not above 0 and at most 1"),
+        (("--gpu", "h100", "--qlora", "4", "--frozen", "int8"), "--frozen: no effect without --lora"),
         (("--gpu", "h100", "--lora", "4", "--adapt", "atention"), "did you mean 'attention'"),
         (("--gpu", "h100", "--inference", "--context", "99999"), "--context: 99999"),
         (("--gpu", "h100", "--inference", "--batch", "0"), "--batch: 0"),

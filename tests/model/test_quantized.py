@@ -18,7 +18,6 @@ from torch import Tensor, nn
 import abyssal
 from abyssal.config import ModelConfig
 from abyssal.data.tokenizer import byte_tokenizer
-from abyssal.errors import UserError
 from abyssal.generation import Sampling
 from abyssal.kernels import native
 from abyssal.kernels.packed import Kind, dequantize, linear_reference, quantize
@@ -302,20 +301,6 @@ class TestWholeModel:
         described = {name: (tensor.dtype, tensor.shape) for name, tensor in model.state_dict().items()}
         model.to("meta").to_empty(device="cpu")
         assert {name: (tensor.dtype, tensor.shape) for name, tensor in model.state_dict().items()} == described
-
-    def test_gradients_are_refused(self, kind: Kind):
-        model = packed_from(randomised(small(**CONFIG)), kind)
-        tokens = tokens_for(model.config, 1, 5)
-        assert not model(tokens).requires_grad
-        model.requires_grad_(True)
-        with pytest.raises(UserError, match=f"{kind} pass no gradient.*weights='dense'") as caught:
-            model(tokens)
-        assert "\n" not in str(caught.value)
-        experts, x = model.model.layers[1].mlp.experts, drawn(2, 160).requires_grad_()
-        with pytest.raises(UserError, match="gradient"):
-            experts(x, torch.zeros(2, 1, dtype=torch.long), torch.ones(2, 1))
-        with torch.no_grad():
-            assert model(tokens).isfinite().all()
 
 
 class TestGeneration:

@@ -48,10 +48,19 @@ ADAPTABLE = ("attention", "mlp", "shared", "experts")
 
 @dataclass(frozen=True)
 class Adapters:
-    """LoRA: adapters of ``rank`` on all projections of these parts; everything else is frozen."""
+    """What is trained of a model that is frozen otherwise, MTP modules included, which do not run then.
+
+    LoRA: adapters of ``rank`` on all projections of these parts. ESFT (:meth:`esft`): a ``share`` of the routed experts
+    themselves.
+    """
 
     rank: int
     parts: tuple[str, ...] = ADAPTABLE
+    share: float = 0.0
+
+    @classmethod
+    def esft(cls, share: float) -> Adapters:
+        return cls(0, ("experts",), share)
 
 
 @dataclass(frozen=True)
@@ -136,7 +145,10 @@ def count_activations(config: ModelConfig, step: StepShape, pipeline: int = 1, s
     """Derives what ``stage`` of ``pipeline`` keeps of one micro-batch; by default that is all of the model, MTP modules
     and loss included."""
     depths, last = config.mtp.num_nextn_predict_layers, stage == pipeline - 1
-    kinds = Counter(block_kind(config, layer) for layer in stage_layers(config, pipeline, stage))
+    layers = stage_layers(config, pipeline, stage)
+    if step.adapters is not None:
+        depths, layers = 0, range(layers.start, min(layers.stop, config.num_hidden_layers))
+    kinds = Counter(block_kind(config, layer) for layer in layers)
     example = {block_kind(config, layer): layer for layer in range(config.num_hidden_layers + depths)}
     blocks = {kind: block_activations(config, example[kind], step) for kind in kinds}
     tables = rotary_tables(config, step)

@@ -39,11 +39,11 @@ def _single_changes(wishes: Wishes) -> Iterator[tuple[str, dict[str, Any]]]:
         yield "--micro-batch 1", {"micro_batch": 1}
     if wishes.state != "8bit":
         yield "--state 8bit", {"state": "8bit"}
-    adapters = wishes.adapters or Adapters(16)
-    if wishes.adapters is None:
+    adapters = wishes.adapters if wishes.adapters and wishes.adapters.rank else Adapters(16)
+    if wishes.adapters is not adapters:
         yield f"--lora {adapters.rank}", {"adapters": adapters}
-    if not wishes.nf4:
-        yield f"--qlora {adapters.rank}", {"adapters": adapters, "nf4": True}
+    if wishes.frozen != "nf4":
+        yield f"--qlora {adapters.rank}", {"adapters": adapters, "frozen": "nf4"}
 
 
 def _first(planner: Planner, changes: list[tuple[str, dict[str, Any]]]) -> list[str]:

@@ -187,8 +187,9 @@ def _loss(runs: Sequence[tuple[str, History]]) -> Figure:
 def _validation(runs: Sequence[tuple[str, History]]) -> Figure:
     traces = []
     for i, (run, history) in enumerate(runs):
-        if history.validations:
-            steps, _, bits = zip(*history.validations, strict=True)
+        known = [(step, bits) for step, _, bits in history.validations if bits is not None]
+        if known:
+            steps, bits = zip(*known, strict=True)
             colour = _colour(1 if len(runs) == 1 else i)
             line = _line(steps, bits, label(run), colour, showlegend=len(runs) > 1)
             traces.append(_marked(line))

@@ -78,7 +78,7 @@ class History:
         self.scalars: dict[str, list[float]] = {name: [] for name in SCALARS}
         self.memory: dict[str, list[float | None]] = {"process": [], "device": []}
         self.mtp_loss: list[list[float]] = []
-        self.validations: list[tuple[int, float, float]] = []
+        self.validations: list[tuple[int, float, float | None]] = []
         self.samples: dict[int, list[tuple[str, str]]] = {}
         self.layers: dict[int, slice] | None = None  # which of R are a layer's; None before the first record
         self.bins: list[Bin] = []
@@ -131,8 +131,10 @@ class History:
             if kind == "train":
                 self._train(record)
             elif kind == "validation":
-                loss, bits = _number(record, "loss"), _number(record, "bits_per_byte")
-                self.validations.append((_count(record, "step"), loss, bits))
+                # null where the loss is not one of text, as with preferences
+                none = record.get("bits_per_byte", 0) is None
+                bits = None if none else _number(record, "bits_per_byte")
+                self.validations.append((_count(record, "step"), _number(record, "loss"), bits))
             elif kind == "samples":
                 self._samples(record)
             elif not isinstance(kind, str):

@@ -35,6 +35,8 @@ class Weight:
     """Updated by Muon where that is the optimizer."""
     trained: bool
     split: Split
+    mtp: bool
+    """Of an MTP module."""
 
     @property
     def numel(self) -> int:
@@ -71,16 +73,23 @@ class Inventory:
         muon.discard(id(model.lm_head.weight))
         self.config = config
         self.weights = [
-            Weight(name, p.shape, layer_of(name), id(p) in products, id(p) in muon, True, _split(name))
+            Weight(
+                name, p.shape, layer_of(name), id(p) in products, id(p) in muon, True, _split(name), _mtp(name, config)
+            )
             for name, p in model.named_parameters()
         ]
         self.weights += [
-            Weight(name, b.shape, layer_of(name), False, False, False, "none") for name, b in model.named_buffers()
+            Weight(name, b.shape, layer_of(name), False, False, False, "none", _mtp(name, config))
+            for name, b in model.named_buffers()
         ]
 
     @cached_property
     def parameters(self) -> int:
         return sum(weight.numel for weight in self.weights)
+
+
+def _mtp(name: str, config: ModelConfig) -> bool:
+    return (layer_of(name) or 0) >= config.num_hidden_layers
 
 
 def _split(name: str) -> Split:

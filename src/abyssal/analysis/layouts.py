@@ -9,7 +9,7 @@ from typing import Literal
 
 from abyssal.analysis.activations import Adapters
 from abyssal.analysis.cards import Card
-from abyssal.analysis.memory import Layout, State
+from abyssal.analysis.memory import Frozen, Layout, State
 from abyssal.config import ModelConfig
 from abyssal.errors import UserError
 
@@ -40,7 +40,7 @@ class Wishes:
     state: State = "float32"
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     adapters: Adapters | None = None
-    nf4: bool = False
+    frozen: Frozen = "dense"
 
     @property
     def layout(self) -> dict[str, int]:
@@ -90,11 +90,15 @@ def check(config: ModelConfig, wishes: Wishes) -> None:
         raise UserError(f"{arithmetic} does not divide --gpus {wishes.gpus}")
     if len(given) == len(named) and product != wishes.gpus:
         raise UserError(f"{arithmetic} is not --gpus {wishes.gpus}")
-    rank = wishes.adapters.rank if wishes.adapters else 1
-    if not 1 <= rank <= config.hidden_size:
-        raise UserError(
-            f"{'--qlora' if wishes.nf4 else '--lora'}: rank {rank} is not between 1 and {config.hidden_size}"
-        )
+    if wishes.adapters is None:
+        return
+    rank, share = wishes.adapters.rank, wishes.adapters.share
+    if share:
+        if config.moe is None:
+            raise UserError(f"--esft: {share:g}, but this model has no experts")
+    elif not 1 <= rank <= config.hidden_size:
+        option = "--qlora" if wishes.frozen == "nf4" else "--lora"
+        raise UserError(f"{option}: rank {rank} is not between 1 and {config.hidden_size}")
 
 
 def check_expert(config: ModelConfig, expert: int) -> None:

@@ -25,7 +25,8 @@ What each is taken to do:
 **LoRA** freezes the model in BF16 (FP32 in an FP32 run) and trains, on every projection of the chosen parts (each
 expert for itself, its gate and up as one), two matrices that are kept like any FP32 master: 4 bytes, 4 of gradient, and
 moments. **QLoRA** has the projections in NF4 with double quantisation: 4 bits, 8 for each block of 64, 32 for 256 of
-these; at most 2^28 of them stand dequantised at a time.
+these; in int8 or int4 they are what :mod:`abyssal.model.quantized` has. 2^22 of them, or one expert's matrix, stand
+dequantised at a time. **ESFT** trains a share of the routed experts, which are kept as in training; the rest is frozen.
 """
 
 from __future__ import annotations
@@ -44,13 +45,16 @@ from abyssal.analysis.activations import (
     stage_layers,
 )
 from abyssal.analysis.inventory import Inventory, Split, Weight
+from abyssal.kernels.nf4 import nf4_shapes
+from abyssal.kernels.packed import Kind as Packing
+from abyssal.kernels.packed import packed_shapes
 
 _MOMENT_BLOCK, _TINY = 128, 4096  # training/optimizer.py
 _MUON_BATCH = 2**26  # training/muon.py
-_DEQUANTISED = 2**28
-NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)
-"""Bytes of a weight in NF4 with double quantisation."""
+_DEQUANTISED = 2**22  # model/quantized.py
 
+Frozen = Literal["dense", "nf4", "int8", "int4"]
+"""What the frozen weights are kept in."""
 State = Literal["float32", "bfloat16", "8bit"]
 Kind = tuple[bool, bool] | Literal["embedding", "end"]
 """What a part is: a block of some kind (:func:`block_kind`), the embedding, or the last norm and the head."""
@@ -98,7 +102,7 @@ class TrainingSetup:
     optimizer: Literal["adamw", "muon"] = "adamw"
     state: State = "float32"
     adapters: Adapters | None = None
-    nf4: bool = False
+    frozen: Frozen = "dense"
 
     def step(self, layout: Layout) -> StepShape:
         """A micro-batch on one GPU."""
@@ -130,16 +134,40 @@ def weight_state(weight: Weight, setup: TrainingSetup) -> dict[str, float]:
     """Bytes of one tensor while training, by term, wherever its parts lie."""
     n, half = weight.numel, setup.dtype == "bfloat16"
     if setup.adapters is not None:
-        nbytes = NF4 * n if setup.nf4 and weight.adaptable else (2 if half and weight.trained else 4) * n
+        nbytes = packed_bytes(weight, setup.frozen)
+        if nbytes is None:
+            nbytes = (2 if half and weight.trained else 4) * n
         return {"weights": nbytes, **_adapter_state(weight, setup)}
     if not weight.trained:
         return {"weights": 4 * n}
-    low = half and weight.product
+    return {"weights": (2 if half and weight.product else 4) * n, **_trained_state(weight, n, setup)}
+
+
+def _trained_state(weight: Weight, numel: int, setup: TrainingSetup) -> dict[str, float]:
+    """What comes on top of ``numel`` numbers of a weight for training them."""
+    low = setup.dtype == "bfloat16" and weight.product
     return {
-        "weights": (2 if low else 4) * n,
-        "gradients": (2 if low and setup.accumulate == 1 else 4) * n,
-        "optimizer": (2 if low else 0) * n + _moments(weight.muon, n, setup),
+        "gradients": (2 if low and setup.accumulate == 1 else 4) * numel,
+        "optimizer": (2 if low else 0) * numel + _moments(weight.muon, numel, setup),
     }
+
+
+def packed_bytes(weight: Weight, frozen: Frozen) -> int | None:
+    """Bytes of a weight that is packed as ``frozen`` says (:func:`abyssal.model.quantized.use_packed`); None: it is
+    not."""
+    head, shape = weight.name == "lm_head.weight" and weight.product, tuple(weight.shape)
+    if frozen == "dense" or not (weight.adaptable or head):
+        return None
+    if frozen != "nf4":
+        kind: Packing = "int8" if head else frozen
+        data, scales = packed_shapes(shape, kind)
+        return None if "kv_b_proj" in weight.name else math.prod(data) + 2 * math.prod(scales)
+    if head:
+        return None
+    *stack, outputs, inputs = shape
+    parts = 2 if "gate_up_proj" in weight.name else 1
+    sizes = nf4_shapes((*stack, parts), (outputs // parts, inputs))
+    return sum(math.prod(size) * width for size, width in zip(sizes, (1, 1, 4, 4), strict=True))
 
 
 def _moments(muon: bool, numel: int, setup: TrainingSetup) -> int:
@@ -151,7 +179,7 @@ def _moments(muon: bool, numel: int, setup: TrainingSetup) -> int:
 
 def adapter_parameters(weight: Weight, adapters: Adapters) -> int:
     """Numbers that LoRA adds to a tensor."""
-    if weight.adaptable not in adapters.parts:
+    if weight.adaptable not in adapters.parts or weight.mtp:
         return 0
     *stack, outputs, inputs = weight.shape
     return math.prod(stack) * adapters.rank * (outputs + inputs)
@@ -159,6 +187,9 @@ def adapter_parameters(weight: Weight, adapters: Adapters) -> int:
 
 def _adapter_state(weight: Weight, setup: TrainingSetup) -> dict[str, float]:
     assert setup.adapters is not None
+    if setup.adapters.share:
+        part = weight.adaptable == "experts" and not weight.mtp
+        return _trained_state(weight, round(setup.adapters.share * weight.numel), setup) if part else {}
     n = adapter_parameters(weight, setup.adapters)
     return {"adapters": 8 * n + _moments(True, n, setup)} if n else {}
 
@@ -171,7 +202,9 @@ class _Part:
     gathered: dict[Split, float] = field(default_factory=dict)
     """Bytes in use: what FSDP gathers."""
     largest: dict[Split, int] = field(default_factory=dict)
-    """Numbers of the largest matrix."""
+    """Numbers of the largest matrix; of experts, that is of all of a layer's."""
+    unpacked: int = 0
+    """Numbers that stand dequantised at a time, at most."""
 
     def add(self, weight: Weight, setup: TrainingSetup) -> None:
         state = self.state.setdefault(weight.split, {})
@@ -183,12 +216,16 @@ class _Part:
         self.gathered[weight.split] = self.gathered.get(weight.split, 0) + nbytes
         if weight.product:
             self.largest[weight.split] = max(self.largest.get(weight.split, 0), weight.numel)
+        if packed_bytes(weight, setup.frozen) is not None and weight.name != "lm_head.weight":
+            one = max(weight.shape[-2:].numel(), _DEQUANTISED) if len(weight.shape) > 2 else _DEQUANTISED
+            self.unpacked = max(self.unpacked, min(weight.numel, one))
 
     @classmethod
     def sum(cls, parts: list[tuple[_Part, int]]) -> _Part:
         """All of ``parts``, each so many times."""
         out = cls()
         for part, count in parts:
+            out.unpacked = max(out.unpacked, part.unpacked)
             for split, terms in part.state.items():
                 state = out.state.setdefault(split, {})
                 for term, nbytes in terms.items():
@@ -293,9 +330,7 @@ class TrainingMemory:
         terms["activations"] = held.kept * flying
         terms["recomputed block"] = held.recomputed
         terms["backward buffers"] = held.working
-        largest = [numel / layout.gathered(split) for split, numel in whole.largest.items()]
-        if setup.nf4:
-            terms["dequantised weights"] = math.ceil(2 * min(max(largest), _DEQUANTISED))
+        terms["dequantised weights"] = whole.unpacked * (2 if setup.dtype == "bfloat16" else 4)
         if setup.optimizer == "muon" and setup.adapters is None:
             # The updates of a stack of matrices, and three buffers of Newton-Schulz, when activations are gone.
             local = [numel / layout.divided_by(split) for split, numel in whole.largest.items()]

@@ -19,7 +19,7 @@ The estimate ranks layouts and does nothing else. Time is tokens · FLOPs a toke
 the model's own (:mod:`abyssal.analysis.flops`), so whatever recomputation, communication and idle stages cost has to be
 in the MFU that is stated. With LoRA the backward pass of a frozen matrix has one product, for its input's gradient: two
 forward passes in all. Attention's two products have no weights and keep theirs, and the adapters train in full: three
-forward passes of each.
+forward passes of each. So do, with ESFT, the experts that are trained, at even loads. MTP modules do not run in either.
 """
 
 from __future__ import annotations
@@ -69,15 +69,18 @@ def training_flops(inventory: Inventory, sequence: int, adapters: Adapters | Non
     counts = count_flops(config, sequence)
     if adapters is None:
         return counts.training
-    scores = sum(parts.get("attention scores and values", 0) for parts in (counts.by_part, counts.mtp_by_part))
+    scores = counts.by_part.get("attention scores and values", 0)
     active = 0
     for weight in inventory.weights:
         count = adapter_parameters(weight, adapters)
+        if adapters.share and weight.adaptable == "experts" and not weight.mtp:
+            count = weight.numel
         if count and weight.adaptable == "experts":
             assert config.moe is not None
             count = count // config.moe.n_routed_experts * config.moe.num_experts_per_tok * config.moe.segments
         active += count
-    return 2 * (counts.forward + counts.mtp) + scores + 6 * active
+    # A trained expert's other two products are those of the model.
+    return 2 * counts.forward + scores + (round(2 * adapters.share * active) if adapters.share else 6 * active)
 
 
 def gpu_seconds(tokens: float, flops: float, card_flops: float, mfu: float) -> float:
@@ -95,7 +98,7 @@ class Planner:
         self.sequence = wishes.sequence or min(4096, config.max_position_embeddings)
         self.flops = training_flops(self.inventory, self.sequence, wishes.adapters)
         counts = count_flops(config, self.sequence)
-        self._forward = counts.forward + counts.mtp
+        self._forward = counts.forward + (counts.mtp if wishes.adapters is None else 0)
         self._depth = config.num_hidden_layers + config.mtp.num_nextn_predict_layers
         self._moe_layers = sum(config.is_moe_layer(layer) for layer in range(self._depth))
         self._states: dict[TrainingSetup, TrainingMemory] = {}
@@ -175,7 +178,7 @@ class Planner:
                     optimizer=wishes.optimizer,
                     state=wishes.state,
                     adapters=wishes.adapters,
-                    nf4=wishes.nf4,
+                    frozen=wishes.frozen,
                 )
 
     def memory(self, layout: Layout, setup: TrainingSetup) -> Memory:
@@ -261,7 +264,7 @@ class Planner:
     def _why(self, layout: Layout, setup: TrainingSetup) -> list[str]:
         usable, out, memory = self.wishes.usable, [], self.memory(layout, setup)
         alone = sum(self._state(setup).state(Layout()).values())
-        what = "weights and adapters" if setup.adapters else "weights, gradients and optimizer"
+        what = "weights and adapters" if setup.adapters and setup.adapters.rank else "weights, gradients and optimizer"
         room = f"on one GPU ({size(alone)} of {size(usable)})"
         if layout.gpus == 1:
             out.append(f"{what} fit {room}")

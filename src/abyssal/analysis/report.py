@@ -174,7 +174,7 @@ def _figures(run: ReportedRun) -> list[tuple[str, str]]:
     for name, row in (("last", final), ("best", best)):
         where = f" (step {row[0]:,})" if row else ""
         figures.append((f"{name} validation loss", f"{row[1]:.4f}{where}" if row else "–"))
-        figures.append((f"{name} bits a byte", f"{row[2]:.4f}{where}" if row else "–"))
+        figures.append((f"{name} bits a byte", f"{row[2]:.4f}{where}" if row and row[2] is not None else "–"))
     for where, amounts in history.memory.items():
         peak = max((amount for amount in amounts if amount is not None), default=None)
         name = "most memory of the process" if where == "process" else "most memory on the device"

@@ -32,15 +32,16 @@ from abyssal.checkpoint.recast import check_scales
 from abyssal.checkpoint.shards import DTYPES, Shards, tensor_names
 from abyssal.config import ModelConfig, MTPConfig, read_config
 from abyssal.errors import UserError
-from abyssal.kernels import fp8
+from abyssal.kernels import fp8, nf4
+from abyssal.kernels.nf4 import NF4
 from abyssal.kernels.packed import Kind, Packed, dequantize, quantize
 from abyssal.model import Transformer
 from abyssal.model.fp8 import use_fp8
-from abyssal.model.quantized import packed_matrices, use_packed
+from abyssal.model.quantized import Held, nf4_matrices, packed_matrices, use_packed
 
 Progress = Callable[[int, int], None]
 """Called with bytes read so far and in all."""
-Weights = Literal["auto", "dense", "fp8", "int8", "int4"]
+Weights = Literal["auto", "dense", "fp8", "int8", "int4", "nf4"]
 """What a model's weights are in memory; auto: int8 or int4 where the checkpoint holds that, else dense."""
 
 
@@ -79,7 +80,7 @@ def load_model(
     stored in FP8 blocks as it is and computes with it (abyssal.model.fp8); ``"dense"`` dequantises, packed weights with
     a warning. ``"int8"`` and ``"int4"`` quantise every tensor as it is read, from the file's own numbers whatever
     ``dtype`` is, so that the dense model is never in memory (abyssal.model.quantized); from one to the other there is
-    no way.
+    no way. ``"nf4"`` does the same, for training adapters on.
     Tensors missing or left over are an error unless a pattern of ``allow_missing`` names them; missing ones are drawn
     anew. ``threads`` read tensors side by side.
 
@@ -116,7 +117,7 @@ def load_model(
     elif held != "dense":
         use_packed(model, held)
     if held != "dense":
-        model.requires_grad_(False)  # no gradient passes through
+        model.requires_grad_(False)  # what is quantised is not trained
     model.to(dtype or _dtype_of(shards))
     # What to_empty does; that imports sympy for a tensor on the meta device.
     model._apply(lambda x: torch.empty(x.shape, dtype=x.dtype, device=device))
@@ -126,7 +127,7 @@ def load_model(
     return model.eval()
 
 
-def _weights(wanted: Weights, stored: Kind | None, folder: Path) -> Literal["dense", "fp8"] | Kind:
+def _weights(wanted: Weights, stored: Kind | None, folder: Path) -> Literal["dense", "fp8"] | Held:
     """What ``wanted`` comes to for a checkpoint that is packed as ``stored``."""
     if stored is None:
         return "dense" if wanted == "auto" else wanted
@@ -251,7 +252,7 @@ def fill(
     """Reads what was matched into ``model``, one file after the other. Raises UserError where a copy under an MTP
     module is not equal to what it repeats."""
     targets = dict(disk_tensors(model))
-    places = dict(packed_matrices(model))
+    places: dict[str, Packed | NF4] = {**dict(packed_matrices(model)), **dict(nf4_matrices(model))}
     total = sum(shards[name].nbytes for name in (*found.names, *found.copies))
     done = 0
 
@@ -261,8 +262,9 @@ def fill(
         elif name in found.packed:
             scales = _beside(file, shards, name, name + SCALES)
             check_packed_scales(scales, name)
-            if name in places:
-                for (_, to), tensor in zip(on_disk(name, places[name]), (file.get_tensor(name), scales), strict=True):
+            place = places.get(name)
+            if isinstance(place, Packed):
+                for (_, to), tensor in zip(on_disk(name, place), (file.get_tensor(name), scales), strict=True):
                     to.copy_(tensor)
             else:
                 device = targets[name].device
@@ -359,8 +361,13 @@ def check_copy(copy: Tensor, name: str, original: str, shards: Shards) -> None:
         )
 
 
-def _pack(weight: Tensor, place: Packed) -> None:
-    made = quantize(weight.to(place.data.device), place.kind)
+def _pack(weight: Tensor, place: Packed | NF4) -> None:
+    weight = weight.to(place.data.device)
+    if isinstance(place, NF4):
+        for to, tensor in zip(place.tensors, nf4.quantize(weight).tensors, strict=True):
+            to.copy_(tensor)
+        return
+    made = quantize(weight, place.kind)
     place.data.copy_(made.data)
     place.scales.copy_(made.scales)
 

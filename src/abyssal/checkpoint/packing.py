@@ -22,7 +22,7 @@ from abyssal.config import ModelConfig
 from abyssal.errors import UserError
 from abyssal.kernels.packed import GROUP, Kind, Packed
 from abyssal.model import Transformer
-from abyssal.model.quantized import packed_buffers, packed_matrices, use_packed
+from abyssal.model.quantized import nf4_matrices, packed_buffers, packed_matrices, use_packed
 
 SCALES = "_scales"
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -81,7 +81,10 @@ def from_disk(data: Tensor, scales: Tensor, like: Packed) -> Packed:
 
 
 def model_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor as it is stored, under its published name, layer by layer; nothing is copied."""
+    """Every tensor as it is stored, under its published name, layer by layer; nothing is copied. Raises UserError for
+    weights in nf4, which is no way to store them."""
+    if next(nf4_matrices(model), None) is not None:
+        raise UserError("weights in nf4 are only held in memory; save the adapter, or load with weights='dense'")
     packed = dict(packed_matrices(model))
     if not packed:
         yield from disk_tensors(model)

@@ -68,6 +68,13 @@ def plan_command(
     ] = "bfloat16",
     lora: Annotated[int | None, typer.Option(metavar="RANK", help="Train adapters of this rank only.")] = None,
     qlora: Annotated[int | None, typer.Option(metavar="RANK", help="The same over weights in 4 bits (NF4).")] = None,
+    frozen: Annotated[
+        Literal["dense", "nf4", "int8", "int4"] | None,
+        typer.Option(help="With --lora: what the frozen weights are kept in. Default: dense."),
+    ] = None,
+    esft: Annotated[
+        float | None, typer.Option(metavar="SHARE", help="Train this share of the routed experts only.")
+    ] = None,
     adapt: Annotated[
         str, typer.Option(metavar="PARTS", help="What gets adapters, separated by commas.")
     ] = "attention,mlp,shared,experts",
@@ -125,8 +132,8 @@ def plan_command(
         optimizer=optimizer,
         state=state,
         dtype=dtype,
-        adapters=_adapters(lora, qlora, adapt),
-        nf4=qlora is not None,
+        adapters=_adapters(lora, qlora, esft, adapt),
+        frozen="nf4" if qlora is not None else frozen or "dense",
     )
     stored = stored_kind(config, Path(model)) or ("fp8" if config.published.get("quantization_config") else "bf16")
     precision = weights or stored
@@ -151,6 +158,7 @@ def plan_command(
 _TRAINING_ONLY = (
     *("tokens", "mfu", "gpu_hour", "gpu_tflops", "sequence", "micro_batch", "global_batch", "replicate", "shard"),
     *("pipeline", "recompute", "optimizer", "state", "dtype", "lora", "qlora", "adapt"),
+    *("frozen", "esft"),
 )
 
 
@@ -167,6 +175,8 @@ def _check_options(given: set[str]) -> None:
         raise UserError("--gpu-hour: no effect without --tokens, which say how long it takes")
     if "adapt" in given and not given & {"lora", "qlora"}:
         raise UserError("--adapt: no effect without --lora or --qlora")
+    if "frozen" in given and "lora" not in given:
+        raise UserError("--frozen: no effect without --lora; --qlora RANK is --lora RANK --frozen nf4")
 
 
 @dataclass
@@ -211,12 +221,18 @@ def _card(name: str | None, memory: str | None, teraflops: float | None) -> Card
     return card if teraflops is None else replace(card, flops=teraflops * 1e12)
 
 
-def _adapters(lora: int | None, qlora: int | None, parts: str) -> Adapters | None:
+def _adapters(lora: int | None, qlora: int | None, esft: float | None, parts: str) -> Adapters | None:
     from abyssal.analysis.activations import ADAPTABLE, Adapters
     from abyssal.errors import UserError, nearest
 
-    if lora is not None and qlora is not None:
-        raise UserError(f"--lora {lora} and --qlora {qlora}: take one of them")
+    named = (("--lora", lora), ("--qlora", qlora), ("--esft", esft))
+    methods = [f"{name} {value:g}" for name, value in named if value is not None]
+    if len(methods) > 1:
+        raise UserError(f"{' and '.join(methods)}: take one of them")
+    if esft is not None:
+        if not 0 < esft <= 1:
+            raise UserError(f"--esft: {esft:g} is not above 0 and at most 1; 0.1 trains a tenth of the experts")
+        return Adapters.esft(esft)
     names = tuple(part.strip() for part in parts.split(","))
     for name in names:
         if name not in ADAPTABLE:
@@ -262,10 +278,15 @@ def _show_training(found: Findings, plan: TrainingPlan) -> None:
     from abyssal.cli.show import console, say, show_table, table
 
     setup, layout, memory = plan.setup, plan.layout, plan.memory
-    kind = f"{'QLoRA' if setup.nf4 else 'LoRA'} of rank {setup.adapters.rank}" if setup.adapters else "training"
+    floats = "BF16" if setup.dtype == "bfloat16" else "FP32"
+    kept = {"nf4": "NF4"}.get(setup.frozen, setup.frozen)
+    kind = "training"
+    if setup.adapters is not None:
+        lora = f"{'LoRA' if setup.frozen == 'dense' else 'QLoRA'} of rank {setup.adapters.rank}"
+        kind = f"ESFT of {setup.adapters.share:.1%} of the experts" if setup.adapters.share else lora
     out = table(f"\n{kind}, a GPU", "\nGB", "\nshare")
     notes = {
-        "weights": "NF4 and BF16" if setup.nf4 else "BF16" if setup.dtype == "bfloat16" else "FP32",
+        "weights": floats if setup.frozen == "dense" else f"{kept} and {floats}",
         "optimizer": f"{setup.optimizer}, {setup.state}",
         "activations": "recomputed" if setup.recompute else "all kept",
     }

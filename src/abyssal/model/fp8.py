@@ -91,7 +91,11 @@ def _refuse_gradients(x: Tensor) -> None:
 
 
 def dense_weight(linear: nn.Module, dtype: torch.dtype) -> Tensor:
-    """A linear layer's weight [O, I] in ``dtype``, whatever it is kept in."""
+    """A linear layer's weight [O, I] in ``dtype``, whatever it is kept in; an adapted layer (model/lora.py) says it
+    itself."""
+    if (own := getattr(linear, "dense_weight", None)) is not None:
+        adapted: Tensor = own(dtype)
+        return adapted
     if isinstance(linear, FP8Linear):
         return fp8.dequantize(linear.weight, linear.weight_scale_inv, dtype)
     assert isinstance(linear, nn.Linear)
