@@ -12,7 +12,7 @@ INSTALL := $(PIP) install --quiet --constraint constraints.txt $(if $(TORCH_INDE
 STAMP := $(shell date +%Y%m%d-%H%M%S)
 
 .PHONY: help setup demo test test-slow lint format bench bench-large bench-attention bench-scaling bench-learning \
-	bench-checkpoints bench-recording bench-decoding bench-serving test-load wheel clean
+	bench-checkpoints bench-recording bench-decoding bench-serving bench-tuning test-load wheel clean
 
 help:
 	@echo "make demo       train a small DeepSeek-V3 on Tiny Shakespeare and let it talk"
@@ -22,6 +22,7 @@ help:
 	@echo "make bench-large, bench-scaling, bench-learning, bench-attention   the other tables of docs/performance.md"
 	@echo "make bench-decoding     the engine beside transformers and llama.cpp (9 GB of disk, 16 GB of memory)"
 	@echo "make bench-serving      the server under 1, 8 and 32 clients"
+	@echo "make bench-tuning       a LoRA step beside PEFT + transformers (--data of GSM8K: see the file)"
 	@echo "make bench-recording    what recording routing costs while a model trains"
 	@echo "make bench-checkpoints  memory and time of loading, converting, exporting (16 GB of disk, 8 GB of memory)"
 	@echo "make test-load  the server under 200 clients that come and go, two minutes"
@@ -104,6 +105,10 @@ bench-decoding: $(VENV)/.dev
 
 bench-serving: $(VENV)/.dev
 	@$(BIN)/python benchmarks/serving.py
+
+bench-tuning: export OMP_WAIT_POLICY ?= passive
+bench-tuning: $(VENV)/.dev
+	@$(BIN)/python benchmarks/tuning.py --memory
 
 bench-checkpoints: $(VENV)/.dev
 	@$(BIN)/python benchmarks/checkpoints.py

@@ -24,7 +24,7 @@ from unittest import mock
 from machine import CPU, as_json, describe_machine, markdown, paired_ratio, spread
 
 from abyssal.model import Routing, RoutingRecorder
-from abyssal.training import step as training_step
+from abyssal.training import loss as training_loss
 from abyssal.training.balance import BiasSign
 from abyssal.training.hardware import limit_threads
 from abyssal.training.recipe import read_recipe
@@ -37,12 +37,12 @@ from training import SHAPES
 @contextmanager
 def _unseen() -> Iterator[None]:
     """Within, a training step passes the model no recorder; the step's own stands by, and has seen nothing."""
-    compute = training_step.compute_losses
+    compute = training_loss.compute_losses
 
     def without(*arguments: Any, recorder: object, **options: Any) -> Any:
         return compute(*arguments, recorder=None, **options)
 
-    with mock.patch.object(training_step, "compute_losses", without):
+    with mock.patch.object(training_loss, "compute_losses", without):
         yield
 
 

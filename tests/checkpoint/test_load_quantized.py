@@ -110,7 +110,7 @@ class TestLoading:
 
     @pytest.mark.parametrize("bad", ["int3", "q8_0", "", None, ["int8"]])
     def test_bad_names(self, folders: dict[str, Path], bad: object):
-        with pytest.raises(UserError, match=r"weights: .* is not one of 'auto', 'dense', 'fp8', 'int8', 'int4'"):
+        with pytest.raises(UserError, match=r"weights: .* is not one of 'auto', 'dense', 'fp8', 'int8', 'int4', 'nf4'"):
             abyssal.load(folders["bf16"], weights=bad)
 
 
@@ -219,4 +219,4 @@ class TestCommands:
     def test_bad_names(self, cli, run: Path, command: str, option: str):
         text = ("--perplexity", run.parent / "other.txt") if command == "eval" else ()
         code, _, err = cli(command, run, *text, option, "int3")
-        assert (code, err) == (2, "abyssal: error: --weights: 'int3' is not one of auto, dense, fp8, int8, int4\n")
+        assert (code, err) == (2, "abyssal: error: --weights: 'int3' is not one of auto, dense, fp8, int8, int4, nf4\n")

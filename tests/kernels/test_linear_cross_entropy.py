@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from abyssal.kernels.loss import IGNORED, linear_cross_entropy, linear_cross_entropy_reference
+from abyssal.kernels.loss import IGNORED, linear_cross_entropy, linear_cross_entropy_reference, linear_token_nats
 
 
 def inputs(
@@ -163,3 +163,25 @@ def test_targets_outside_the_vocabulary_are_no_class(target: int):
     t[3] = target
     with pytest.raises((RuntimeError, IndexError)):  # as F.cross_entropy
         linear_cross_entropy(h, w, t)
+
+
+@pytest.mark.parametrize("chunk", [None, 3, 100])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_nats_of_each_token_against_whole_logits(chunk, dtype):
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 12, dtype=dtype, generator=generator, requires_grad=True) for n in (10, 31))
+    targets = torch.randint(0, 31, (10,), generator=generator)
+    factors = torch.randn(10, dtype=dtype, generator=generator)  # each token weighs something else
+    expected = F.cross_entropy(hidden @ weight.t(), targets, reduction="none")
+    grads = torch.autograd.grad((expected * factors).sum(), (hidden, weight))
+    got = linear_token_nats(hidden, weight, targets, chunk=chunk)
+    torch.testing.assert_close(got, expected)
+    (got * factors).sum().backward()
+    torch.testing.assert_close(hidden.grad, grads[0])
+    torch.testing.assert_close(weight.grad, grads[1])
+
+
+def test_nats_of_no_token():
+    got = linear_token_nats(torch.zeros(0, 4, requires_grad=True), torch.zeros(5, 4), torch.zeros(0, dtype=torch.long))
+    assert got.shape == (0,)
+    got.sum().backward()

@@ -11,7 +11,7 @@ from tiny_runs import MODEL, scrambled
 from abyssal.config import resolve_model
 from abyssal.data.shards import TokenShards
 from abyssal.model import Transformer
-from abyssal.training.evaluate import evaluate
+from abyssal.training.evaluate import Evaluation, HeldOut, evaluate
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +47,11 @@ def plain_nats(model: Transformer, lengths: list[int], shards: TokenShards, leng
     return nats, seen
 
 
+def judge(model: Transformer, shards: TokenShards, batch_size: int, length: int, **options: int) -> Evaluation:
+    held_out = HeldOut.of_shards(shards, batch_size=batch_size, sequence_length=length)
+    return evaluate(model, held_out, sequence_length=length, dtype=torch.float32, **options)
+
+
 @pytest.mark.parametrize(
     ("lengths", "length", "batch_size"),
     [
@@ -59,7 +64,7 @@ def plain_nats(model: Transformer, lengths: list[int], shards: TokenShards, leng
 )
 def test_against_a_plain_loop(model, lengths, length, batch_size):
     shards = split(lengths)
-    got = evaluate(model, shards, batch_size=batch_size, sequence_length=length, dtype=torch.float32)
+    got = judge(model, shards, batch_size, length)
     nats, seen = plain_nats(model, lengths, shards, length)
     assert len(seen) == len(set(seen)) == sum(lengths) - len(lengths)  # all but each document's first
     assert got.tokens == len(seen)
@@ -70,7 +75,7 @@ def test_against_a_plain_loop(model, lengths, length, batch_size):
 def test_some_batches_stand_for_all(model):
     lengths = [100]
     shards = split(lengths)
-    got = evaluate(model, shards, batch_size=2, sequence_length=10, dtype=torch.float32, batches=2)
+    got = judge(model, shards, 2, 10, batches=2)
     part = TokenShards([shards.read(0, 41).astype(np.uint16)], np.array([0]), 0)
     nats, seen = plain_nats(model, [41], part, 10)
     assert got.tokens == len(seen) == 40
@@ -81,5 +86,5 @@ def test_some_batches_stand_for_all(model):
 def test_leaves_no_gradient(model):
     for parameter in model.parameters():
         parameter.grad = None
-    evaluate(model, split([20]), batch_size=2, sequence_length=8, dtype=torch.float32)
+    judge(model, split([20]), 2, 8)
     assert all(parameter.grad is None for parameter in model.parameters())

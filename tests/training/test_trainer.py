@@ -33,7 +33,7 @@ class TestStep:
     def test_load_is_that_of_all_micro_batches(self, data, tmp_path):
         trainer = tiny_trainer(data, tmp_path / "run", balance="none", training__accumulate=3)
         model = Transformer(trainer.model.config, generator=torch.Generator().manual_seed(1234))
-        loader = build_loader(trainer.recipe, model.config, trainer.train_shards)
+        loader = build_loader(trainer.recipe, model.config, trainer.loader.shards)
         recorder = RoutingRecorder()
         for _ in range(3):
             batch = loader.next()

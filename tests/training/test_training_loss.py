@@ -123,3 +123,36 @@ class TestAccumulation:
         total_loss(losses, losses.counts, 0.3).backward()
         for got, parameter in zip(accumulated, model.parameters(), strict=True):
             torch.testing.assert_close(got, parameter.grad, rtol=1e-9, atol=1e-13)
+
+
+class TestLearned:
+    """Where only some tokens are learned, as in tuning."""
+
+    @pytest.mark.parametrize("share", [0.0, 0.02, 0.5, 1.0])
+    def test_loss_and_gradient_against_whole_logits(self, share):
+        model = scrambled(Transformer(resolve_model(MODEL), generator=torch.Generator().manual_seed(4))).double()
+        generator = torch.Generator().manual_seed(5)
+        length = 300
+        tokens = torch.randint(2, 258, (2, length + 2), generator=generator)[:, : length + 2]
+        documents = torch.arange(4).repeat_interleave(length // 2 + 1).view(2, -1)
+        documents[1, -20:] = -1
+        learned = torch.rand(tokens.shape, generator=generator) < share
+        short = Transformer(model.config.model_copy(update={"max_position_embeddings": 512})).double()
+        short.load_state_dict(model.state_dict())
+        batch = Batch(tokens, documents, learned)
+        losses = compute_losses(short, batch, length, mtp=False)
+        wanted = targets(batch, length, 0)
+        assert losses.counts == [int((wanted != -100).sum())]
+        logits = short(tokens[:, :length])
+        expected = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="sum")
+        torch.testing.assert_close(losses.nats[0], expected)
+        parameters = [p for n, p in short.named_parameters() if "layers.2" not in n]
+        pairs = zip(
+            torch.autograd.grad(losses.nats[0], parameters, allow_unused=True),
+            torch.autograd.grad(expected, parameters, allow_unused=True),
+            strict=True,
+        )
+        for got, right in pairs:
+            assert (got is None) == (right is None)
+            if got is not None:
+                torch.testing.assert_close(got, right, rtol=1e-6, atol=1e-9)

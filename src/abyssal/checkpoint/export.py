@@ -80,6 +80,7 @@ def write_model(
     repeat_shared: bool = True,
     generation_config: dict[str, Any],
     write_others: Callable[[Path], None] | None = None,
+    written: Callable[[str, Tensor], None] | None = None,
     force: bool = False,
     progress: Progress | None = None,
 ) -> None:
@@ -89,8 +90,8 @@ def write_model(
     ``dtype`` None keeps what is stored, weights that are ``packed`` included; FP8 writes blocks of 128 × 128 (with
     scales that are powers of two on request).
     ``repeat_shared`` repeats embedding and head under the MTP modules, where serving engines look for them.
-    ``write_others`` adds what else belongs there, the tokenizer. A failure leaves nothing behind. Raises UserError
-    where the layout cannot express the model or the disk is too small.
+    ``write_others`` adds what else belongs there, the tokenizer. ``written`` is :class:`Recast`'s. A failure leaves
+    nothing behind. Raises UserError where the layout cannot express the model or the disk is too small.
     """
     data = for_export(config, force=force)
     check_target(folder)
@@ -107,6 +108,7 @@ def write_model(
         copies=copies,
         packed=packed,
         packing=packing,
+        written=written,
     )
     names = [name for file in source.files for name in recast.names(file)]
     shards = split([recast.group(name) for name in (*names, *copies)], shard_size)

@@ -3,7 +3,7 @@ quantised to them."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -46,6 +46,7 @@ class Recast:
     scales: where those of ``source`` are not, what is in FP8 already is quantised anew, else it stays as it is.
     ``copies`` are names that do not exist yet and the tensors they repeat. ``packed`` says which tensors of ``source``
     are packed and how, ``packing`` which of the result will be, whatever ``plan`` says; nothing beside them is in FP8.
+    ``written`` is told of each tensor that was cast or quantised what became of it, before the next one is read.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class Recast:
         copies: dict[str, str] | None = None,
         packed: Mapping[str, Packed] | None = None,
         packing: Mapping[str, Packed] | None = None,
+        written: Callable[[str, Tensor], None] | None = None,
     ) -> None:
         self.source = source
         self.wanted = wanted
@@ -68,6 +70,7 @@ class Recast:
         self.copies = copies or {}
         self.packed = packed or {}
         self.packing = packing or {}
+        self.written = written
 
     def names(self, file: str) -> list[str]:
         """What of ``file`` is written; scales are not listed."""
@@ -86,9 +89,11 @@ class Recast:
             return [entry]
         if len(shape) != 2:
             raise UserError(f"{name}: shape {list(shape)}; FP8 blocks need a matrix")
-        kept = stored.dtype == FP8 and self.keep_blocks
-        scale_dtype = self.source[original + SCALE].dtype if kept else torch.float32
-        return [entry, Entry(name + SCALE, scale_dtype, fp8.scale_shape(shape))]
+        return [entry, Entry(name + SCALE, self._scale_dtype(original), fp8.scale_shape(shape))]
+
+    def _scale_dtype(self, original: str) -> torch.dtype:
+        kept = self.source[original].dtype == FP8 and self.keep_blocks
+        return self.source[original + SCALE].dtype if kept else torch.float32
 
     def _dtype(self, original: str, stored: torch.dtype) -> torch.dtype:
         dtype = self.plan.dtype(original, torch.bfloat16 if original in self.packed else stored)
@@ -111,7 +116,8 @@ class Recast:
 
     def _one(self, name: str, original: str, opened: Any) -> Iterator[tuple[str, Tensor]]:
         tensor = opened.get_tensor(original)
-        target = self._dtype(original, tensor.dtype)
+        # Not the tensor's own: one that was changed on the way comes in FP32.
+        target = self._dtype(original, self.source[original].dtype)
         packing = self.packing.get(original)
         if original in self.packed:
             parts = on_disk(original, self.packed[original])
@@ -147,6 +153,8 @@ class Recast:
             cast = tensor.to(target)
             if target == torch.float16 and not cast.isfinite().all() and tensor.isfinite().all():
                 raise UserError(f"{original}: holds {tensor.abs().max().item():.3g}, too large for float16")
+            if self.written is not None:
+                self.written(original, cast)
             yield name, cast
 
     def _beside(self, name: str, scale: str, opened: Any) -> Tensor:
@@ -159,5 +167,7 @@ class Recast:
         stored, scale = fp8.quantize(tensor, power_of_two=self.power_of_two)
         if not scale.isfinite().all():
             raise UserError(f"{original}: holds NaN or infinite numbers, which FP8 blocks cannot")
+        if self.written is not None:
+            self.written(original, fp8.dequantize(stored, scale, torch.float32))
         yield name, stored
-        yield name + SCALE, scale
+        yield name + SCALE, scale.to(self._scale_dtype(original))

@@ -20,9 +20,12 @@ from abyssal.cli.inspect import inspect_command
 from abyssal.cli.lens import lens_command
 from abyssal.cli.plan import plan_command
 from abyssal.cli.presets import presets_command
+from abyssal.cli.preview import preview_command
 from abyssal.cli.report import report_command
 from abyssal.cli.serve import serve_command
 from abyssal.cli.train import train_command
+from abyssal.cli.tune import tune_command
+from abyssal.cli.upcycle import upcycle_command
 from abyssal.errors import UserError
 
 
@@ -42,14 +45,17 @@ def _on_suitable_threads(command: Callable[..., None]) -> Callable[..., None]:
 
 app = typer.Typer(
     name="abyssal",
-    help="The DeepSeek model line: configure, train, look inside, run.",
+    help="The DeepSeek model line: configure, train, look inside, fine-tune, run.",
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 app.command("presets")(presets_command)
 app.command("inspect")(inspect_command)
 app.command("plan")(plan_command)
+app.command("preview")(preview_command)
 app.command("train")(_on_suitable_threads(train_command))
+app.command("tune")(_on_suitable_threads(tune_command))
+app.command("upcycle")(_on_suitable_threads(upcycle_command))
 app.command("report")(report_command)
 app.command("lens")(_on_suitable_threads(lens_command))
 app.command("generate")(_on_suitable_threads(generate_command))

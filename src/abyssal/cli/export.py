@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from abyssal.cli.loaded import AllowMissingOption
+
+if TYPE_CHECKING:
+    from abyssal.checkpoint.merge import Rounding
 
 ScalesOption = Annotated[str, typer.Option(help="FP8 scales: fp32, or ue8m0 (powers of two, as V3.1).")]
 
@@ -36,6 +39,7 @@ def export_command(
 
     most = parse_size(shard_size, "--shard-size")
     chosen = parse_dtype(dtype, "--dtype", fp8=True)
+    merged: list[Rounding] = []
     with byte_bars("writing") as (progress,):
         export(
             source,
@@ -46,12 +50,15 @@ def export_command(
             allow_missing=allow_missing or (),
             force=force,
             progress=progress,
+            rounding=merged.append,
         )
     written = Shards(folder)
     config = read_model_config(folder)
     model_type = config.published["model_type"]
     count = f"{len(written.files)} file{'s' if len(written.files) > 1 else ''}"
     say(f"{folder}: {model_type}, {len(written.tensors):,} tensors, {size(written.nbytes)} in {count}")
+    for rounding in merged:
+        say(f"merged: {rounding.describe()}")
     if (kind := stored_kind(config, folder)) is not None:
         say(f"its weights stay {kind}, which abyssal alone reads; --dtype bf16 writes it for others")
     elif model_type == "deepseek":

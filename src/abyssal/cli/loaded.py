@@ -26,6 +26,7 @@ WeightsOption = Annotated[
         "--weights",
         "--quantize",
         help="In memory: dense, as --dtype says; int8 or int4, quantised as they are read; fp8, the file's FP8 blocks; "
+        "nf4, 4 bits to train adapters on, slow to decode with; "
         "auto: packed where the file is, else dense.",
     ),
 ]
@@ -41,9 +42,8 @@ def load_model(
 ) -> tuple[Transformer, Tokenizer]:
     """Loads ``model`` with a bar in bytes on stderr. Raises UserError where there is no tokenizer."""
     from abyssal.checkpoint.load import Weights
-    from abyssal.checkpoint.load import load_model as load
     from abyssal.errors import UserError
-    from abyssal.loading import find, find_tokenizer
+    from abyssal.loading import base_of, find, find_tokenizer, load_weights
     from abyssal.training.hardware import resolve_device
 
     if weights not in get_args(Weights):
@@ -51,10 +51,10 @@ def load_model(
     where, chosen = resolve_device(device, "--device"), parse_dtype(dtype, "--dtype")
     folder = find(model)
     tokenizer = find_tokenizer(folder)
-    if tokenizer is None and (folder / "config.json").is_file():
+    if tokenizer is None and (base_of(folder) / "config.json").is_file():
         raise UserError(f"{model}: no tokenizer.json or tiktoken.model in this folder; text needs one")
     with byte_bars("loading") as (progress,):
-        network = load(
+        network = load_weights(
             folder,
             dtype=chosen,
             device=where,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group
@@ -27,8 +28,8 @@ class ConsoleWatcher(Watcher):
         self.progress: Progress | None = None
         self.pace: float | None = None
 
-    def begin(self, trainer: Trainer) -> None:
-        """Says what is about to run. Called once, before the first step."""
+    def begin(self, trainer: Trainer, show: Callable[[Trainer], None] | None = None) -> None:
+        """Says what is about to run, and what ``show`` says. Called once, before the first step."""
         from abyssal.analysis.parameters import count_parameters
 
         counts = count_parameters(trainer.model.config)
@@ -37,12 +38,14 @@ class ConsoleWatcher(Watcher):
         console.print(
             f"{trainer.recipe.name}: {counts.total / 1e6:.1f}M parameters, {counts.active / 1e6:.1f}M active"
             + (f", MTP {counts.mtp / 1e6:.1f}M" if counts.mtp else "")
-            + f"; {len(trainer.train_shards):,} tokens of text, {len(trainer.validation_shards):,} held out"
+            + f"; {trainer.parts.data}"
         )
         console.print(
             f"{t.steps} steps of {t.accumulate * t.batch_size} × {t.sequence_length} tokens ({tokens:,}), "
             f"{str(trainer.dtype).removeprefix('torch.')} on {trainer.device}; run folder {trainer.run.path}"
         )
+        if show is not None:
+            show(trainer)
         if trainer.done:
             console.print(f"continuing after step {trainer.done}")
         if console.is_terminal:
@@ -76,14 +79,17 @@ class ConsoleWatcher(Watcher):
             console.print(f"step {step:>{len(str(steps))}}/{steps}  {figures}  lr {record['lr']:.2e}{balance}")
 
     def validated(self, step: int, evaluation: Evaluation) -> None:
-        console.print(
-            f"step {step}: validation {evaluation.loss:.4f} nats a token, {evaluation.bits_per_byte:.4f} bits a byte"
-        )
+        console.print(f"step {step}: validation {_figures(evaluation.figures())}")
 
 
-def show_summary(trainer: Trainer, records: list[dict[str, Any]]) -> None:
-    """Prints the final figures of a finished run and writes them to its summary.json."""
+def show_summary(
+    trainer: Trainer, records: list[dict[str, Any]], finish: Callable[[Trainer], dict[str, Any]] | None = None
+) -> None:
+    """Prints the final figures of a finished run and writes them to its summary.json, with what ``finish`` (which may
+    print more) adds to them."""
     summary = summarize(records, trainer.recipe.log.window)
+    if finish is not None:
+        summary |= finish(trainer)
     write_text(trainer.run.path / "summary.json", json.dumps(summary, indent=2) + "\n")
     samples = [r["samples"] for r in records if r["kind"] == "samples"]
     for sample in samples[-1] if samples else []:
@@ -111,14 +117,21 @@ def show_summary(trainer: Trainer, records: list[dict[str, Any]]) -> None:
         )
     validation, best = summary.get("validation"), summary.get("best_validation")
     if validation and best:
-        also = f" (best {best['bits_per_byte']:.4f} after step {best['step']})"
-        console.print(
-            f"\nvalidation  [bold]{validation['loss']:.4f}[/bold] nats a token, "
-            f"[bold]{validation['bits_per_byte']:.4f}[/bold] bits a byte"
-            + (also if best["step"] != validation["step"] else "")
-        )
+        also = f" (best {_figures(best)} after step {best['step']})"
+        console.print(f"\nvalidation  {_figures(validation)}" + (also if best["step"] != validation["step"] else ""))
     if summary.get("seconds"):
         rate = summary["tokens"] / summary["seconds"]
         console.print(f"training    {duration(summary['seconds'])}, {rate:,.0f} tokens/s")
     console.print(f"run folder  {trainer.run.path}")
-    console.print(f'try         abyssal generate {trainer.run.path} "ROMEO:"')
+    hint = "chat {}" if trainer.tokenizer.chat is not None else 'generate {} "ROMEO:"'
+    console.print(f"try         abyssal {hint.format(trainer.run.path)}", markup=False)
+
+
+def _figures(validation: dict[str, Any]) -> str:
+    """A validation's loss, in what it is counted in."""
+    loss, bits = validation["loss"], validation["bits_per_byte"]
+    if bits is None:
+        return f"{loss:.4f} nats a pair" + "".join(
+            f", {key} {validation[key]:.3f}" for key in ("accuracy", "margin") if key in validation
+        )
+    return f"{loss:.4f} nats a token, {bits:.4f} bits a byte"

@@ -197,45 +197,69 @@ class _GroupedLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bounds: list[int]) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.bounds = bounds
-        if native.multiplies(x, weight, bounds):
-            return native.grouped_product(x, weight, bounds)
-        if _even(bounds):
-            return torch.bmm(x.view(len(weight), -1, x.shape[1]), weight.transpose(1, 2)).flatten(0, 1)
-        out = x.new_empty(x.shape[0], weight.shape[1])
-        for expert, start, end in _slices(bounds):
-            torch.mm(x[start:end], weight[expert].t(), out=out[start:end])
-        return out
+        return product(x, weight, bounds)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight = ctx.saved_tensors
         grad = grads[0].contiguous()
-        if native.multiplies(x, weight, ctx.bounds):
-            grad_x = native.grouped_product_backward_x(grad, weight, ctx.bounds) if ctx.needs_input_grad[0] else None
-            wanted = ctx.needs_input_grad[1]
-            return grad_x, native.grouped_product_backward_weight(grad, x, ctx.bounds) if wanted else None, None
-        if _even(ctx.bounds):
-            x_e, grad_e = (tensor.view(len(weight), -1, tensor.shape[1]) for tensor in (x, grad))
-            grad_x = torch.bmm(grad_e, weight).flatten(0, 1) if ctx.needs_input_grad[0] else None
-            grad_weight = torch.bmm(grad_e.transpose(1, 2), x_e) if ctx.needs_input_grad[1] else None
-            return grad_x, grad_weight, None
-        grad_x = x.new_empty(x.shape) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
-        if grad_weight is not None:
-            for expert in _idle(ctx.bounds):  # the others are written whole
-                grad_weight[expert].zero_()
-        for expert, start, end in _slices(ctx.bounds):
-            if grad_x is not None:
-                torch.mm(grad[start:end], weight[expert], out=grad_x[start:end])
-            if grad_weight is not None:
-                torch.mm(grad[start:end].t(), x[start:end], out=grad_weight[expert])
-        return grad_x, grad_weight, None
+        grad_x = product_backward(grad, weight, ctx.bounds) if ctx.needs_input_grad[0] else None
+        return grad_x, weight_gradient(grad, x, weight, ctx.bounds) if ctx.needs_input_grad[1] else None, None
 
 
-def _even(bounds: list[int]) -> bool:
-    """Whether every expert has the same number of rows (at least one)."""
-    return bounds[1] > 0 and bounds == list(range(0, bounds[-1] + 1, bounds[1]))
+def product(x: Tensor, weight: Tensor, bounds: list[int], onto: Tensor | None = None) -> Tensor:
+    """Each expert's rows times its matrix, without a gradient: ``x`` [P, I], ``weight`` [E, O, I] -> [P, O]; expert e
+    has the rows ``bounds[e]`` to ``bounds[e + 1]``. Rows behind the last one's are left as they come. With ``onto``
+    [P, O], contiguous, the products are added to it, in place."""
+    if native.multiplies(x, weight, bounds):
+        return native.grouped_product(x, weight, bounds, onto)
+    if onto is not None:
+        for expert, start, end in _slices(bounds):
+            onto[start:end].addmm_(x[start:end], weight[expert].t())
+        return onto
+    if _even(bounds, len(x)):
+        return torch.bmm(x.view(len(weight), -1, x.shape[1]), weight.transpose(1, 2)).flatten(0, 1)
+    out = x.new_empty(x.shape[0], weight.shape[1])
+    for expert, start, end in _slices(bounds):
+        torch.mm(x[start:end], weight[expert].t(), out=out[start:end])
+    return out
+
+
+def product_backward(grad: Tensor, weight: Tensor, bounds: list[int], onto: Tensor | None = None) -> Tensor:
+    """:func:`product`'s gradient for ``x``, [P, I], from ``grad`` [P, O], contiguous; ``onto`` as there."""
+    if native.multiplies(grad, weight, bounds):
+        return native.grouped_product_backward_x(grad, weight, bounds, onto)
+    if onto is not None:
+        for expert, start, end in _slices(bounds):
+            onto[start:end].addmm_(grad[start:end], weight[expert])
+        return onto
+    if _even(bounds, len(grad)):
+        return torch.bmm(grad.view(len(weight), -1, grad.shape[1]), weight).flatten(0, 1)
+    out = grad.new_empty(grad.shape[0], weight.shape[2])
+    for expert, start, end in _slices(bounds):
+        torch.mm(grad[start:end], weight[expert], out=out[start:end])
+    return out
+
+
+def weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, bounds: list[int]) -> Tensor:
+    """:func:`product`'s gradient for ``weight``, [E, O, I], of which only shape and dtype count."""
+    if native.multiplies(x, weight, bounds):
+        return native.grouped_product_backward_weight(grad, x, bounds)
+    if _even(bounds, len(x)):
+        x_e, grad_e = (tensor.view(len(weight), -1, tensor.shape[1]) for tensor in (x, grad))
+        return torch.bmm(grad_e.transpose(1, 2), x_e)
+    out = torch.empty_like(weight)
+    for expert in _idle(bounds):  # the others are written whole
+        out[expert].zero_()
+    for expert, start, end in _slices(bounds):
+        torch.mm(grad[start:end].t(), x[start:end], out=out[expert])
+    return out
+
+
+def _even(bounds: list[int], rows: int) -> bool:
+    """Whether every expert has the same number of ``rows`` (at least one), and none is left over, as on a GPU."""
+    return bounds[1] > 0 and bounds[-1] == rows and bounds == list(range(0, rows + 1, bounds[1]))
 
 
 def _idle(bounds: list[int]) -> list[int]:

@@ -97,3 +97,49 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, chu
 def linear_cross_entropy_reference(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """The same in one line, with all logits in memory."""
     return F.cross_entropy((hidden @ weight.t()).float(), targets, ignore_index=IGNORED, reduction="sum")
+
+
+class _LinearTokenNats(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, chunk: int) -> Tensor:
+        head, parts = weight.to(dtype), []
+        for start in range(0, hidden.shape[0], chunk):
+            logits = (hidden[start : start + chunk].to(dtype) @ head.t()).to(torch.promote_types(dtype, torch.float32))
+            index = targets[start : start + chunk].unsqueeze(1)
+            parts.append(logits.logsumexp(-1) - logits.gather(1, index).squeeze(1))
+        ctx.save_for_backward(hidden, weight, targets)
+        ctx.dtype, ctx.chunk = dtype, chunk
+        return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=torch.promote_types(dtype, torch.float32))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        hidden, weight, targets = ctx.saved_tensors
+        dtype, precise = ctx.dtype, torch.promote_types(ctx.dtype, torch.float32)
+        head = weight.to(dtype)
+        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        grad_weight = torch.zeros_like(weight, dtype=precise) if ctx.needs_input_grad[1] else None
+        for start in range(0, hidden.shape[0], ctx.chunk):
+            part = slice(start, start + ctx.chunk)
+            h = hidden[part].to(dtype)
+            grad = (h @ head.t()).to(precise).softmax(-1)
+            index = targets[part].unsqueeze(1)
+            grad.scatter_add_(1, index, torch.full_like(index, -1, dtype=precise))
+            grad = (grad * grads[0][part].unsqueeze(1)).to(dtype)
+            if grad_hidden is not None:
+                grad_hidden[part] = grad @ head
+            if grad_weight is not None:
+                grad_weight += grad.t() @ h
+        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None
+
+
+def linear_token_nats(hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk: int | None = None) -> Tensor:
+    """−log softmax(hidden · weightᵀ)[target] of each token, in nats: [N], at least FP32.
+
+    ``hidden`` [N, D], ``weight`` [V, D], ``targets`` [N] int64, each a token of the vocabulary. For what weighs tokens
+    by more than one number, as preferences do: the logits are worked out anew in the backward pass.
+    """
+    dtype = product_dtype(hidden)
+    rows = chunk or max(_CHUNK_VALUES // max(weight.shape[0], 1), 256)
+    out: Tensor = _LinearTokenNats.apply(hidden, weight, targets, dtype, rows)
+    return out

@@ -82,6 +82,12 @@ inline __m512i pairs(const number* first, const number* second) {
     return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
 }
 
+// 16 numbers as FP32.
+inline __m512 widened(const number* from) {
+    __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(low, 16));
+}
+
 // An operand in memory: along_k says that its numbers follow each other along k (rows are m or n); else rows are k.
 struct Operand {
     const number* data;
@@ -126,8 +132,8 @@ void pack_a(const Operand& a, int64_t row, int64_t depth, number* out) {
     }
 }
 
-// 32 x 32 numbers of the result from packed operands.
-void multiply(const number* a, const number* b, int64_t depth, number* out, int64_t stride) {
+// 32 x 32 numbers of the result from packed operands; onto: added to those that are there.
+void multiply(const number* a, const number* b, int64_t depth, number* out, int64_t stride, bool onto) {
     alignas(64) float sums[block * block];
     written(a);
     written(b);
@@ -151,14 +157,19 @@ void multiply(const number* a, const number* b, int64_t depth, number* out, int6
     _tile_stored(3, sums + 16 * block + 16, 128);
     written(sums);
     for (int64_t m = 0; m < block; m++) {
-        __m512bh row = _mm512_cvtne2ps_pbh(_mm512_load_ps(sums + m * block + 16), _mm512_load_ps(sums + m * block));
+        __m512 low = _mm512_load_ps(sums + m * block), high = _mm512_load_ps(sums + m * block + 16);
+        if (onto) {
+            low = _mm512_add_ps(low, widened(out + m * stride));
+            high = _mm512_add_ps(high, widened(out + m * stride + 16));
+        }
+        __m512bh row = _mm512_cvtne2ps_pbh(high, low);
         _mm512_storeu_si512(out + m * stride, reinterpret_cast<__m512i&>(row));
     }
 }
 
 // Columns [first, last) of out [m, n] = A [m, depth] · B [depth, n].
 void product(const Operand& a, const Operand& b, number* out, int64_t stride, int64_t rows, int64_t first, int64_t last,
-             int64_t depth, std::vector<number>& space) {
+             int64_t depth, bool onto, std::vector<number>& space) {
     space.resize(size_t((last - first + block) * depth + 64));
     number* packed_b = reinterpret_cast<number*>((reinterpret_cast<uintptr_t>(space.data()) + 63) & ~uintptr_t(63));
     number* packed_a = packed_b + (last - first) * depth;
@@ -166,7 +177,7 @@ void product(const Operand& a, const Operand& b, number* out, int64_t stride, in
     for (int64_t m = 0; m < rows; m += block) {
         pack_a(a, m, depth, packed_a);
         for (int64_t n = first; n < last; n += block)
-            multiply(packed_a, packed_b + (n - first) * depth, depth, out + m * stride + n, stride);
+            multiply(packed_a, packed_b + (n - first) * depth, depth, out + m * stride + n, stride, onto);
     }
 }
 
@@ -183,9 +194,11 @@ int amx_usable() {
 
 // kind 0: out [P, O] = x · weightᵀ of the row's expert. 1: out [P, I] = x [P, O] · weight. 2: out [E, O, I], each
 // expert's gradᵀ · x over its rows, where grad [P, O] comes in the place of x and x [P, I] in that of weight.
-// bounds [E + 1]: where each expert's rows begin.
+// bounds [E + 1]: where each expert's rows begin. kind + 4: the result is added to what is in out.
 void grouped_product(int kind, const number* x, const number* weight, number* out, const int64_t* bounds,
                      int64_t experts, int64_t outputs, int64_t inputs, int threads) {
+    bool onto = kind >= 4;
+    kind %= 4;
     int64_t columns = kind == 0 ? outputs : inputs;
     // Pieces of columns that are packed at once; several for each thread, where there are few experts.
     int64_t most = block;
@@ -205,13 +218,13 @@ void grouped_product(int kind, const number* x, const number* weight, number* ou
             const number* w = weight + e * outputs * inputs;
             if (kind == 0) {
                 product({x + bounds[e] * inputs, inputs, true}, {w, inputs, true}, out + bounds[e] * outputs, outputs,
-                        rows, first, last, inputs, space);
+                        rows, first, last, inputs, onto, space);
             } else if (kind == 1) {
                 product({x + bounds[e] * outputs, outputs, true}, {w, inputs, false}, out + bounds[e] * inputs, inputs,
-                        rows, first, last, outputs, space);
+                        rows, first, last, outputs, onto, space);
             } else {
                 product({x + bounds[e] * outputs, outputs, false}, {weight + bounds[e] * inputs, inputs, false},
-                        out + e * outputs * inputs, inputs, outputs, first, last, rows, space);
+                        out + e * outputs * inputs, inputs, outputs, first, last, rows, onto, space);
             }
         }
         _tile_release();

@@ -31,8 +31,12 @@ class Experts(Decodes):
         if decode.few(x, indices.numel()):
             out: Tensor = self.ready(decode.Experts, self.gate_up_proj, self.down_proj)(x, indices, weights)
             return out
+        return self.through(x, indices, weights, self.gate_up_proj.shape[0])
+
+    def through(self, x: Tensor, indices: Tensor, weights: Tensor, experts: int) -> Tensor:
+        """The same by grouped products, for however many rows; ``experts`` is how many the indices tell apart."""
         dtype = product_dtype(x)
-        where = grouped.plan(indices, self.gate_up_proj.shape[0], dtype)
+        where = grouped.plan(indices, experts, dtype)
         rows = grouped.gather(x.to(dtype), where)
         # An expert's weight goes in before its last product, which is linear: what is left then is a plain sum.
         hidden = swiglu(self.gate_up(rows, where), grouped.row_weights(weights, where))

@@ -33,11 +33,10 @@ class Board:
 
 def _scalars(record: dict[str, Any]) -> dict[str, float]:
     if record["kind"] == "validation":
-        return {f"validation/{key}": record[key] for key in ("loss", "bits_per_byte")}
+        return {f"validation/{key}": value for key, value in record.items() if isinstance(value, float)}
     if record["kind"] != "train":
         return {}
-    keys = ("loss", "balance_loss", "lr", "grad_norm", "step_time", "tokens_per_s")
-    out = {f"train/{key}": record[key] for key in keys}
+    out = {f"train/{key}": value for key, value in record.items() if isinstance(value, float)}
     out |= {f"train/mtp_loss_{k}": value for k, value in enumerate(record["mtp_loss"], start=1)}
     out |= {f"memory/{key}": value for key, value in record["memory"].items() if value is not None}
     for layer, row in record["layers"].items():

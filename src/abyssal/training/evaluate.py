@@ -3,50 +3,85 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
-from abyssal.data.loader import validation_batches
+from abyssal.data.loader import Batch, validation_batches
 from abyssal.data.shards import TokenShards
 from abyssal.model import Transformer
 from abyssal.training.hardware import autocast
-from abyssal.training.loss import compute_losses
+from abyssal.training.loss import Objective
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """``loss`` in nats a token; ``bits_per_byte`` of UTF-8 text, which does not depend on the tokenizer."""
+    """``loss`` in nats a token; ``bits_per_byte`` of UTF-8 text, which does not depend on the tokenizer (None where the
+    loss is not one of text). ``tokens`` were predicted (for preferences: pairs compared)."""
 
     loss: float
-    bits_per_byte: float
+    bits_per_byte: float | None
     tokens: int
+    extras: dict[str, float] = field(default_factory=dict)
+    """Means of the objective's other figures."""
+
+    def figures(self) -> dict[str, Any]:
+        """All of it, flat."""
+        return {"loss": self.loss, "bits_per_byte": self.bits_per_byte, "tokens": self.tokens, **self.extras}
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """A held-out split: its batches, at most so many; how many tokens they hold that may be predicted, and how many
+    bytes of text those are."""
+
+    batches: Callable[[int | None], Iterator[Batch]]
+    tokens: int
+    bytes: int
+
+    @classmethod
+    def of_shards(cls, shards: TokenShards, *, batch_size: int, sequence_length: int) -> HeldOut:
+        """The split in windows that do not overlap, every token counted once."""
+
+        def batches(limit: int | None) -> Iterator[Batch]:
+            size, length = batch_size, sequence_length
+            return validation_batches(shards, batch_size=size, sequence_length=length, lookahead=1, limit=limit)
+
+        return cls(batches, max(len(shards) - 1, 1), shards.bytes)
 
 
 @torch.no_grad()
 def evaluate(
     model: Transformer,
-    shards: TokenShards,
+    held_out: HeldOut,
     *,
-    batch_size: int,
     sequence_length: int,
     dtype: torch.dtype,
     batches: int | None = None,
+    objective: Objective | None = None,
 ) -> Evaluation:
-    """Loss of ``model`` on ``shards``, in windows that do not overlap, every token counted once.
+    """Loss of ``model`` on ``held_out``.
 
     The first token of a document has nothing before it and is not predicted; that is its BOS where the tokenizer has
     one. With ``batches`` only so many are looked at, and the bytes are the split's, in proportion.
     """
+    objective = objective or Objective()
     device = next(model.parameters()).device
-    nats, tokens, seen = 0.0, 0, 0
-    for cpu_batch in validation_batches(
-        shards, batch_size=batch_size, sequence_length=sequence_length, lookahead=1, limit=batches
-    ):
+    nats, counted, seen = 0.0, 0, 0
+    extras = [0.0] * len(objective.names)
+    for batch in held_out.batches(batches):
+        counts = objective.counts(model, batch, sequence_length, mtp=False)
         with autocast(device, dtype):
-            losses = compute_losses(model, cpu_batch.to(device), sequence_length, mtp=False)
+            losses = objective.losses(model, batch.to(device), sequence_length, counts)
         nats += float(losses.nats[0])
-        tokens += losses.counts[0]
-        seen += int((cpu_batch.documents[:, 1:] >= 0).sum())
-    share = min(seen / max(len(shards) - 1, 1), 1.0)
-    return Evaluation(nats / max(tokens, 1), nats / math.log(2) / max(shards.bytes * share, 1), tokens)
+        counted += counts[0]
+        real = batch.documents[:, 1:] >= 0
+        seen += int((real if batch.learned is None else real & batch.learned[:, 1:]).sum())
+        if losses.extras is not None:
+            extras = [total + float(more) for total, more in zip(extras, losses.extras, strict=True)]
+    size = held_out.bytes * min(seen / held_out.tokens, 1.0)
+    bits = nats / math.log(2) / max(size, 1) if objective.unit == "token" else None
+    means = {name: total / max(counted, 1) for name, total in zip(objective.names, extras, strict=True)}
+    return Evaluation(nats / max(counted, 1), bits, counted, means)

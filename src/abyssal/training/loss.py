@@ -3,7 +3,7 @@
     L = L_main + λ/D · Σ_k L_k,   L_k = mean over tokens of −log p_k(t_{i+1+k})
 
 Nothing is predicted across a document's border: where the target belongs to another document than the token that
-predicts it, or is padding, it does not count.
+predicts it, or is padding, it does not count. Neither does a token that is not to be learned (a prompt's, in tuning).
 """
 
 from __future__ import annotations
@@ -11,27 +11,34 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from abyssal.data.loader import Batch
 from abyssal.kernels.loss import IGNORED, linear_cross_entropy
 from abyssal.model import Recorder, Transformer
+from abyssal.model.fp8 import dense_weight
+
+_ROWS = 256
 
 
 @dataclass(frozen=True)
 class Losses:
-    """Sums in nats over the tokens predicted, and how many those are: main model first, then MTP by depth."""
+    """Sums in nats over what is predicted, and how many those are: main model first, then MTP by depth."""
 
     nats: list[Tensor]
     counts: list[int]
+    extras: Tensor | None = None
+    """Sums of an objective's other figures (:attr:`Objective.names`), over as many as ``counts[0]``."""
 
 
 def targets(batch: Batch, length: int, depth: int) -> Tensor:
     """[B, length] targets of the main model (depth 0) or MTP module ``depth``; IGNORED where nothing is predicted."""
     ahead = batch.tokens[:, 1 + depth : 1 + depth + length]
     same = batch.documents[:, 1 + depth : 1 + depth + length] == batch.documents[:, :length]
-    real = batch.documents[:, :length] >= 0
-    return ahead.masked_fill(~(same & real), IGNORED)
+    counted = same & (batch.documents[:, :length] >= 0)
+    if batch.learned is not None:
+        counted &= batch.learned[:, 1 + depth : 1 + depth + length]
+    return ahead.masked_fill(~counted, IGNORED)
 
 
 def count_targets(batch: Batch, length: int, depths: int) -> list[int]:
@@ -53,15 +60,74 @@ def compute_losses(
 
     ``counts`` is what :func:`count_targets` gave for it; without, they are read from the device, which is waited for.
     """
-    hidden = [model.hidden(batch.tokens[:, :length], recorder=recorder, recompute=recompute)]
+    documents = documents_apart(batch, length)
+    hidden = [model.hidden(batch.tokens[:, :length], documents=documents, recorder=recorder, recompute=recompute)]
     if mtp and model.mtp_modules:
         tokens = batch.tokens[:, : length + len(model.mtp_modules)]
-        hidden += model.mtp_hidden(hidden[0], tokens, recorder=recorder, recompute=recompute)
+        hidden += model.mtp_hidden(hidden[0], tokens, documents=documents, recorder=recorder, recompute=recompute)
+    head = head_weight(model)
     nats = [
-        linear_cross_entropy(h.flatten(0, 1), model.lm_head.weight, targets(batch, length, depth).flatten())
+        _cross_entropy(h.flatten(0, 1), head, targets(batch, length, depth).flatten(), batch)
         for depth, h in enumerate(hidden)
     ]
     return Losses(nats, count_targets(batch, length, len(hidden) - 1) if counts is None else counts)
+
+
+def head_weight(model: Transformer) -> Tensor:
+    """The head's [V, D], also where it is packed (int8 below adapters)."""
+    if isinstance(model.lm_head, nn.Linear):
+        return model.lm_head.weight
+    return dense_weight(model.lm_head, model.model.embed_tokens.weight.dtype)
+
+
+def _cross_entropy(hidden: Tensor, head: Tensor, wanted: Tensor, batch: Batch) -> Tensor:
+    """Over ``hidden`` [N, D] and ``wanted`` [N]. Where prompts are not learned, the head is spared them."""
+    if batch.learned is None or wanted.device.type != "cpu":  # on a GPU, looking would stop the device
+        return linear_cross_entropy(hidden, head, wanted)
+    rows = (wanted != IGNORED).nonzero().squeeze(1)
+    # In steps of 256: each new shape costs a BF16 product more than a few rows too many.
+    spare = -len(rows) % _ROWS
+    if not 0 < len(rows) + spare < len(wanted):
+        return linear_cross_entropy(hidden, head, wanted)
+    padded = torch.cat((rows, rows.new_zeros(spare)))
+    some = wanted[padded]
+    some[len(rows) :] = IGNORED
+    return linear_cross_entropy(hidden[padded], head, some)
+
+
+def documents_apart(batch: Batch, length: int) -> Tensor | None:
+    """[B, length]: what attention has to stay within; None where it may look across documents."""
+    return batch.documents[:, :length] if batch.isolated else None
+
+
+class Objective:
+    """What a step minimises: next-token cross-entropy here; preferences in :mod:`abyssal.tuning.dpo`."""
+
+    names: tuple[str, ...] = ()
+    """Of the figures beside the loss, each reported as a mean."""
+    unit = "token"
+    """What the loss is a mean over."""
+
+    def __init__(self, mtp: bool = True) -> None:
+        self.mtp = mtp
+
+    def counts(self, model: Transformer, batch: Batch, length: int, *, mtp: bool = True) -> list[int]:
+        """How many of its units ``batch`` has: main model first, then, with ``mtp``, MTP modules that are trained."""
+        return count_targets(batch, length, len(model.mtp_modules) if self.mtp and mtp else 0)
+
+    def losses(
+        self,
+        model: Transformer,
+        batch: Batch,
+        length: int,
+        counts: list[int],
+        *,
+        recorder: Recorder | None = None,
+        recompute: bool = False,
+    ) -> Losses:
+        """The losses of ``batch``, for which :meth:`counts` gave ``counts``."""
+        mtp = len(counts) > 1
+        return compute_losses(model, batch, length, mtp=mtp, recorder=recorder, recompute=recompute, counts=counts)
 
 
 def total_loss(losses: Losses, step_counts: list[int], mtp_weight: float) -> Tensor:

@@ -145,7 +145,8 @@ def _add(
 
 
 def build_muon(model: Transformer, config: OptimizerConfig) -> Muon:
-    """Muon for every matrix but embedding and head, AdamW for the rest; weight decay for matrices only."""
+    """Muon for every matrix but embedding and head, AdamW for the rest; weight decay for matrices only. Parameters that
+    want no gradient are in neither."""
     single: list[Tensor] = []
     stacked: list[Tensor] = []
     for module in model.modules():
@@ -155,7 +156,8 @@ def build_muon(model: Transformer, config: OptimizerConfig) -> Muon:
         elif isinstance(module, Router) or (isinstance(module, nn.Linear) and module is not model.lm_head):
             single.append(module.weight)
     taken = {id(parameter) for parameter in (*single, *stacked)}
-    rest = [parameter for parameter in model.parameters() if id(parameter) not in taken]
+    rest = [parameter for parameter in model.parameters() if id(parameter) not in taken and parameter.requires_grad]
+    single, stacked = ([parameter for parameter in some if parameter.requires_grad] for some in (single, stacked))
     groups: list[dict[str, Any]] = [
         {"params": single, "weight_decay": config.weight_decay, "parts": 1},
         {"params": stacked, "weight_decay": config.weight_decay, "parts": 2},

@@ -96,13 +96,15 @@ def _zeros(key: str, parameter: Tensor, kind: str) -> dict[str, Tensor]:
 
 
 def build_optimizer(model: Transformer, config: OptimizerConfig) -> AdamW:
-    """The optimizer of all parameters. Weight decay is for matrices (experts included), not for norms and biases."""
+    """The optimizer of all parameters that want a gradient. Weight decay is for matrices (experts included), not for
+    norms and biases."""
     if config.name == "muon":
         from abyssal.training.muon import build_muon
 
         return build_muon(model, config)
-    decayed = [p for p in model.parameters() if p.ndim >= 2]
-    plain = [p for p in model.parameters() if p.ndim < 2]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    decayed = [p for p in trained if p.ndim >= 2]
+    plain = [p for p in trained if p.ndim < 2]
     return AdamW([{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain}], config)
 
 

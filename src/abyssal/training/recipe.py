@@ -172,12 +172,12 @@ class LogConfig(Config):
     window: PositiveInt = 100
 
 
-class Recipe(Config):
-    """A whole training run. ``model`` is a preset, a path to a config.json, or a mapping (``preset`` and changes)."""
+class RunRecipe(Config):
+    """What recipes of all kinds of runs have: :class:`Recipe` here, and tuning's (:mod:`abyssal.tuning.recipe`)."""
 
     name: str
-    model: str | dict[str, Any]
-    data: DataConfig
+    model: Any
+    data: Any
     training: TrainConfig
     optimizer: OptimizerConfig
     schedule: ScheduleConfig = ScheduleConfig()
@@ -197,6 +197,13 @@ class Recipe(Config):
     def model_config_resolved(self) -> ModelConfig:
         """The model, with presets and changes resolved. Raises UserError."""
         return resolve_model(self.model)
+
+
+class Recipe(RunRecipe):
+    """A whole training run. ``model`` is a preset, a path to a config.json, or a mapping (``preset`` and changes)."""
+
+    model: str | dict[str, Any]
+    data: DataConfig
 
 
 def recipe_names() -> list[str]:
@@ -229,7 +236,7 @@ def read_recipe(spec: str, changes: dict[str, Any] | None = None) -> Recipe:
     return recipe
 
 
-def check(recipe: Recipe, model: ModelConfig, where: str) -> None:
+def check(recipe: RunRecipe, model: ModelConfig, where: str) -> None:
     """Raises UserError where recipe and model do not go together."""
     moe, balance = model.moe, recipe.balance
     length = recipe.training.sequence_length
@@ -251,7 +258,7 @@ def check(recipe: Recipe, model: ModelConfig, where: str) -> None:
         )
 
 
-def to_yaml(recipe: Recipe, resolved: bool = False) -> str:
+def to_yaml(recipe: RunRecipe, resolved: bool = False) -> str:
     """``recipe`` as YAML; ``resolved`` writes the model's config out in full instead of a preset's name."""
     data = recipe.model_dump()
     if resolved:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,82 +21,143 @@ from abyssal.data.tokenizer import Tokenizer
 from abyssal.errors import UserError
 from abyssal.generation import Sampling, stream
 from abyssal.model import Transformer
+from abyssal.training.evaluate import HeldOut
 from abyssal.training.hardware import check_compiler, describe, resolve_device, resolve_dtype
 from abyssal.training.prepare import corpus_id, load_tokenizer, open_data
-from abyssal.training.recipe import Recipe, check, to_yaml
-from abyssal.training.trainer import Trainer, build_loader
+from abyssal.training.recipe import Recipe, RunRecipe, check, to_yaml
+from abyssal.training.trainer import Parts, Trainer, build_loader
 
 RECIPE = "recipe.yaml"
 # What may change when a run goes on; anything else would make it another run.
 _MAY_CHANGE = ("name", "validation", "samples", "checkpoint", "log")
 
 
-def start(recipe: Recipe, path: Path, *, overwrite: bool = False, **options: Any) -> Trainer:
+@dataclass(frozen=True)
+class Kind:
+    """A kind of run: training from nothing here, tuning in :mod:`abyssal.tuning.start`."""
+
+    command: str
+    recipe: type[RunRecipe]
+    prepare: Callable[[Any, Path, dict[str, Any] | None], tuple[Any, Parts, dict[str, Any]]]
+    """From a recipe and the run's folder to the recipe with everything settled, the run's parts, and what identifies it
+    (fingerprints for run.json). Given the run.json of a run that goes on, raises UserError where something is another
+    than it was; else nothing is in the folder yet. Writes nothing there."""
+    check: Callable[[Any, ModelConfig, str], None] = check
+    begin: Callable[[Any, Parts, Path], None] = lambda recipe, parts, path: None
+    """Called once for a new run, when its folder is there."""
+
+
+def run_dtype(
+    recipe: RunRecipe, manifest: dict[str, Any] | None, device: torch.device, hidden_size: int
+) -> torch.dtype:
+    """What matrix products run in: what ``auto`` came to when a run began stays."""
+    hardware = (manifest or {}).get("hardware")
+    recorded = hardware.get("dtype", "auto") if isinstance(hardware, dict) else "auto"
+    wanted = recorded if recipe.training.dtype == "auto" else recipe.training.dtype
+    return resolve_dtype(wanted, device, hidden_size)
+
+
+def run_tokenizer(path: Path, manifest: dict[str, Any]) -> Tokenizer:
+    """The tokenizer of a run that goes on. Raises UserError where it is not the one that it began with."""
+    tokenizer = Tokenizer.load(path)
+    if tokenizer.fingerprint != manifest.get("tokenizer"):
+        raise UserError(f"{path / 'tokenizer.json'}: not the tokenizer that this run began with")
+    return tokenizer
+
+
+def _prepare(recipe: Recipe, path: Path, manifest: dict[str, Any] | None) -> tuple[Recipe, Parts, dict[str, Any]]:
+    device = resolve_device(recipe.training.device)
+    if recipe.training.compile:
+        check_compiler(device)
+    config = recipe.model_config_resolved()
+    dtype = run_dtype(recipe, manifest, device, config.hidden_size)
+    corpus = corpus_id(recipe.data)
+    if manifest is None:
+        tokenizer = load_tokenizer(recipe.data, config.vocab_size)
+    else:
+        tokenizer = run_tokenizer(path, manifest)
+        if corpus != manifest.get("corpus"):
+            raise UserError(f"{path}: data.source: {recipe.data.source} has changed since this run began")
+    train, validation = _open(recipe, config, tokenizer)
+    loader = build_loader(recipe, config, train)  # raises where the text is too short, while nothing is written yet
+    t = recipe.training
+    parts = Parts(
+        model=Transformer(config, generator=torch.Generator().manual_seed(t.seed)),
+        tokenizer=tokenizer,
+        loader=loader,
+        held_out=HeldOut.of_shards(validation, batch_size=t.batch_size, sequence_length=t.sequence_length),
+        data=f"{len(train):,} tokens of text, {len(validation):,} held out",
+        device=device,
+        dtype=dtype,
+    )
+    return recipe, parts, {"corpus": corpus}
+
+
+TRAIN = Kind("train", Recipe, _prepare)
+
+
+def start(recipe: RunRecipe, path: Path, *, kind: Kind = TRAIN, overwrite: bool = False, **options: Any) -> Trainer:
     """A trainer for a new run in ``path``. Raises UserError, with nothing written, where the recipe can't be run.
 
     ``options`` (``watcher``, ``should_stop``) go to :class:`Trainer`.
     """
     check_free(path, overwrite)
-    device = resolve_device(recipe.training.device)
-    if recipe.training.compile:
-        check_compiler(device)
-    config = recipe.model_config_resolved()
-    dtype = resolve_dtype(recipe.training.dtype, device, config.hidden_size)
-    tokenizer = load_tokenizer(recipe.data, config.vocab_size)
-    shards = _open(recipe, config, tokenizer)
-    model = Transformer(config, generator=torch.Generator().manual_seed(recipe.training.seed))
-    _check_prompts(recipe, model, tokenizer)
+    recipe, parts, identity = kind.prepare(recipe, path, None)
+    _check_prompts(recipe, parts.model, parts.tokenizer)
     manifest = {
         "abyssal": version("abyssal"),
-        "tokenizer": tokenizer.fingerprint,
-        "corpus": corpus_id(recipe.data),
-        "hardware": describe(device, dtype),
+        "command": kind.command,
+        "tokenizer": parts.tokenizer.fingerprint,
+        **identity,
+        "hardware": describe(parts.device, parts.dtype),
     }
     files = {RECIPE: to_yaml(recipe, resolved=True), MANIFEST: json.dumps(manifest, indent=2) + "\n"}
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save(folder)
+        parts.tokenizer.save(folder)
         files |= {file.name: file.read_text(encoding="utf-8") for file in Path(folder).iterdir()}
     run = Run.create(path, files, overwrite=overwrite)
-    return Trainer(recipe, model, tokenizer, shards, run, device=device, dtype=dtype, **options)
+    kind.begin(recipe, parts, path)
+    return Trainer(recipe, parts, run, **options)
 
 
-def resume(path: Path, recipe: Recipe | None, changes: dict[str, Any] | None = None, **options: Any) -> Trainer:
+def resume(
+    path: Path,
+    recipe: RunRecipe | None,
+    changes: dict[str, Any] | None = None,
+    *,
+    kind: Kind = TRAIN,
+    **options: Any,
+) -> Trainer:
     """A trainer that continues the run in ``path`` from its last whole checkpoint (from the start if it has none).
 
     ``recipe``, where given, must be the run's own but for what may change (more steps, how often to save and look);
-    ``changes`` are laid over the run's. Raises UserError where it, the tokenizer or the corpus is another.
+    ``changes`` are laid over the run's. Raises UserError where it, the tokenizer or the data is another.
     """
     run = Run(path)
-    stored = run_recipe(path)
+    stored = run_recipe(path, kind=kind)
     if changes:
-        recipe = run_recipe(path, changes)
+        recipe = run_recipe(path, changes, kind=kind)
     if recipe is not None:
         if difference := _difference(stored, recipe):
             raise UserError(f"{path}: this run belongs to another recipe: {difference}")
         stored = recipe
     run.lock()
-    tokenizer = Tokenizer.load(path)
-    if tokenizer.fingerprint != run.manifest.get("tokenizer"):
-        raise UserError(f"{path / 'tokenizer.json'}: not the tokenizer that this run began with")
-    if corpus_id(stored.data) != run.manifest.get("corpus"):
-        raise UserError(f"{path}: data.source: {stored.data.source} has changed since this run began")
-    config = stored.model_config_resolved()
-    shards = _open(stored, config, tokenizer)
-    device = resolve_device(stored.training.device)
-    if stored.training.compile:
-        check_compiler(device)
-    hardware = run.manifest.get("hardware")
-    recorded = hardware.get("dtype", "auto") if isinstance(hardware, dict) else "auto"  # what auto came to stays
-    recorded = recorded if stored.training.dtype == "auto" else stored.training.dtype
-    dtype = resolve_dtype(recorded, device, config.hidden_size)
+    stored, parts, identity = kind.prepare(stored, path, run.manifest)
+    for what, value in identity.items():
+        if value != run.manifest.get(what):
+            raise UserError(
+                f"{path}: {what}: not what this run began with; it was changed, or another one is there now"
+            )
     steps = run.steps()
-    if steps and read_config(run.checkpoint(steps[-1])).model_copy(update={"published": {}}) != config.model_copy(
-        update={"published": {}}
-    ):
-        raise UserError(f"{run.checkpoint(steps[-1]) / 'config.json'}: not the model that {path / RECIPE} describes")
-    model = Transformer(config, generator=torch.Generator().manual_seed(stored.training.seed))
-    _check_prompts(stored, model, tokenizer)
-    trainer = Trainer(stored, model, tokenizer, shards, run, device=device, dtype=dtype, **options)
+    config = parts.model.config
+    if steps and (run.checkpoint(steps[-1]) / "config.json").is_file():
+        saved = read_config(run.checkpoint(steps[-1])).model_copy(update={"published": {}})
+        if saved != config.model_copy(update={"published": {}}):
+            raise UserError(
+                f"{run.checkpoint(steps[-1]) / 'config.json'}: not the model that {path / RECIPE} describes"
+            )
+    _check_prompts(stored, parts.model, parts.tokenizer)
+    trainer = Trainer(stored, parts, run, **options)
     if steps:
         try:
             trainer.resume(steps[-1])
@@ -112,22 +175,25 @@ def resume(path: Path, recipe: Recipe | None, changes: dict[str, Any] | None = N
     return trainer
 
 
-def run_recipe(path: Path, changes: dict[str, Any] | None = None) -> Recipe:
+def run_recipe(path: Path, changes: dict[str, Any] | None = None, *, kind: Kind = TRAIN) -> Any:
     """The recipe of the run in ``path``, with ``changes`` laid over it. Raises UserError."""
     where = str(path / RECIPE)
-    recipe = parse(Recipe, merge(read_mapping(path / RECIPE), changes or {}), where)
-    check(recipe, recipe.model_config_resolved(), where)
+    began = Run(path).manifest.get("command", "train")
+    if began != kind.command:
+        raise UserError(f"{path}: a run of abyssal {began}; continue it with: abyssal {began} --resume {path}")
+    recipe = parse(kind.recipe, merge(read_mapping(path / RECIPE), changes or {}), where)
+    kind.check(recipe, recipe.model_config_resolved(), where)
     return recipe
 
 
-def newest_run(folder: Path, recipe: Recipe) -> Path:
+def newest_run(folder: Path, recipe: RunRecipe, *, kind: Kind = TRAIN) -> Path:
     """The run in ``folder`` that was written to last among those that ``recipe`` fits. Raises UserError: none does."""
     found = []
     for manifest in folder.glob(f"*/{MANIFEST}"):
         if manifest.parent.name.endswith(PARTIAL):
             continue  # left by a kill while it was made
         try:
-            if _difference(run_recipe(manifest.parent), recipe) is None:
+            if _difference(run_recipe(manifest.parent, kind=kind), recipe) is None:
                 newest = max((p.stat().st_mtime for p in manifest.parent.glob("checkpoints/*/state.json")), default=0.0)
                 found.append((newest, manifest.stat().st_mtime, manifest.parent))
         except UserError:
@@ -144,7 +210,6 @@ def _open(recipe: Recipe, config: ModelConfig, tokenizer: Tokenizer) -> tuple[To
             f"set model.vocab_size={tokenizer.vocab_size} or more"
         )
     train, validation = open_data(recipe.data, tokenizer)
-    build_loader(recipe, config, train)  # raises where the text is too short, while nothing is written yet
     if len(validation) < 2:
         raise UserError(
             f"data.source: {len(validation)} held-out tokens of {recipe.data.validation or recipe.data.source} are too "
@@ -153,7 +218,7 @@ def _open(recipe: Recipe, config: ModelConfig, tokenizer: Tokenizer) -> tuple[To
     return train, validation
 
 
-def _check_prompts(recipe: Recipe, model: Transformer, tokenizer: Tokenizer) -> None:
+def _check_prompts(recipe: RunRecipe, model: Transformer, tokenizer: Tokenizer) -> None:
     s = recipe.samples
     try:
         Sampling(max_new_tokens=s.tokens, temperature=s.temperature, top_p=s.top_p)
@@ -166,7 +231,7 @@ def _check_prompts(recipe: Recipe, model: Transformer, tokenizer: Tokenizer) -> 
             raise UserError(f"samples.prompts: {prompt[:40]!r}: {error}") from None
 
 
-def _difference(stored: Recipe, recipe: Recipe) -> str | None:
+def _difference(stored: RunRecipe, recipe: RunRecipe) -> str | None:
     """The first setting in which two recipes are different runs, as ``key: theirs, not ours``; None if they are one."""
     old, new = _flat(_comparable(stored)), _flat(_comparable(recipe))
     for key in [*old, *(k for k in new if k not in old)]:
@@ -175,10 +240,10 @@ def _difference(stored: Recipe, recipe: Recipe) -> str | None:
     return None
 
 
-def _comparable(recipe: Recipe) -> dict[str, Any]:
+def _comparable(recipe: RunRecipe) -> dict[str, Any]:
     data = recipe.model_dump(exclude=set(_MAY_CHANGE))
     data["model"] = recipe.model_config_resolved().model_dump(exclude={"published"})
-    del data["data"]["cache"]
+    data["data"].pop("cache", None)
     for key in ("steps", "device", "compile"):
         del data["training"][key]
     return data

@@ -3,7 +3,8 @@
 for each micro-batch: forward, loss (+ balancers' terms), backward → norm of the gradient, clipping → optimizer
 → balancers move the biases by the whole step's load
 
-With ``dtype`` BF16 the weights that only products read are BF16 meanwhile (:mod:`abyssal.training.weights`).
+Trained are the parameters that want a gradient; the others stay as they are, in their dtype. With ``dtype`` BF16 those
+of the trained weights that only products read are BF16 meanwhile (:mod:`abyssal.training.weights`).
 
 On a GPU nothing here waits for the device: what a step came to stays there until somebody reads it. So it is not known
 at once whether a number was not finite; a flag on the device then keeps this and every later step from being applied.
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -25,7 +26,7 @@ from abyssal.model import RoutingRecorder, Transformer
 from abyssal.training import weights
 from abyssal.training.balance import build_balancers
 from abyssal.training.hardware import autocast
-from abyssal.training.loss import compute_losses, count_targets, total_loss
+from abyssal.training.loss import Objective, total_loss
 from abyssal.training.optimizer import build_optimizer
 from abyssal.training.recipe import BalanceConfig, OptimizerConfig
 
@@ -46,9 +47,11 @@ class StepResult:
     loads: dict[int, Tensor]
     """How many assignments each expert got, [E] by layer."""
     counts: list[int]
-    """Tokens predicted, by the main model and by each MTP module."""
+    """Tokens predicted (or what else the objective counts), by the main model and by each MTP module."""
     figures: Tensor
-    """[depths + 3] FP32: sums of nats by the main model and the MTP modules, balance loss, gradient's norm."""
+    """FP32: sums of nats by the main model and the MTP modules, balance loss, gradient's norm, sums of extras."""
+    names: tuple[str, ...] = ()
+    """Of the extras."""
 
     @cached_property
     def _numbers(self) -> list[float]:
@@ -68,12 +71,18 @@ class StepResult:
     @property
     def balance_loss(self) -> float:
         """What balancers added to the loss."""
-        return self._numbers[-2]
+        return self._numbers[len(self.counts)]
 
     @property
     def grad_norm(self) -> float:
         """Norm of the gradient before clipping."""
-        return self._numbers[-1]
+        return self._numbers[len(self.counts) + 1]
+
+    @property
+    def extras(self) -> dict[str, float]:
+        """The objective's other figures, means over what ``counts`` counts."""
+        sums = self._numbers[len(self.counts) + 2 :]
+        return {name: total / max(self.counts[0], 1) for name, total in zip(self.names, sums, strict=True)}
 
     def check(self) -> None:
         """Raises NotFinite where a figure is not finite."""
@@ -104,10 +113,13 @@ class TrainingStep:
         device: torch.device,
         dtype: torch.dtype,
         recompute: bool = False,
+        objective: Objective | None = None,
     ) -> None:
-        self.model = model
-        if any(parameter.dtype in (torch.bfloat16, torch.float16) for parameter in model.parameters()):
-            model.float()  # what the optimizer works on; begin() says what is kept in fewer bits meanwhile
+        self.model, self.objective = model, objective or Objective()
+        for parameter in model.parameters():
+            if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
+                # What the optimizer works on; begin() says what is kept in fewer bits meanwhile.
+                parameter.data = parameter.data.float()
         self.optimizer = build_optimizer(model, optimizer)
         self.balancers = build_balancers(balance)
         self.clip, self.mtp_weight, self.recompute = clip, mtp_weight, recompute
@@ -136,25 +148,27 @@ class TrainingStep:
         self.optimizer.zero_grad()  # what a step that was broken off has left
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        depths = len(self.model.mtp_modules)
-        counts = [count_targets(batch, length, depths) for batch in batches]
+        counts = [self.objective.counts(self.model, batch, length) for batch in batches]
         step_counts = [sum(column) for column in zip(*counts, strict=True)]
         weights.sum_gradients_in_float32(self.model, len(batches) > 1)
-        nats = torch.zeros(1 + depths, device=self.device)
+        nats = torch.zeros(len(step_counts), device=self.device)
+        extras = torch.zeros(len(self.objective.names), device=self.device)
         balance_loss = torch.zeros((), device=self.device)
         loads: dict[int, Tensor] = {}
         for batch, batch_counts in zip(batches, counts, strict=True):
             recorder = RoutingRecorder()
             with autocast(self.device, self.dtype):
-                losses = compute_losses(
+                losses = self.objective.losses(
                     self.model,
                     self._moved(batch),
                     length,
+                    batch_counts,
                     recorder=recorder,
                     recompute=self.recompute,
-                    counts=batch_counts,
                 )
             nats += torch.stack([n.detach().float() for n in losses.nats])
+            if losses.extras is not None:
+                extras += losses.extras.detach().float()
             loss = total_loss(losses, step_counts, self.mtp_weight)
             for layer, routings in recorder.routings.items():
                 for routing in routings:
@@ -168,7 +182,8 @@ class TrainingStep:
             loss.backward()
             del losses, loss, recorder
         norm = total_norm([p.grad for p in self.model.parameters() if p.grad is not None]).float()
-        result = StepResult(lr, loads, step_counts, torch.cat((nats, torch.stack((balance_loss, norm)))))
+        figures = torch.cat((nats, torch.stack((balance_loss, norm)), extras))
+        result = StepResult(lr, loads, step_counts, figures, self.objective.names)
         self._apply(result, norm, progress)
         return result
 
@@ -198,5 +213,8 @@ class TrainingStep:
         """``batch`` on the device. Memory that is not pinned could not be copied without waiting."""
         if self.device.type != "cuda":
             return batch.to(self.device)
-        tokens, documents = (x.pin_memory().to(self.device, non_blocking=True) for x in (batch.tokens, batch.documents))
-        return Batch(tokens, documents)
+        learned = None if batch.learned is None else self._sent(batch.learned)
+        return replace(batch, tokens=self._sent(batch.tokens), documents=self._sent(batch.documents), learned=learned)
+
+    def _sent(self, x: Tensor) -> Tensor:
+        return x.pin_memory().to(self.device, non_blocking=True)

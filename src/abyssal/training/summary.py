@@ -37,8 +37,8 @@ def summarize(records: list[dict[str, Any]], window: int) -> dict[str, Any]:
     summary: dict[str, Any] = {"window": window, "layers": {}}
     if validations:
         last, best = validations[-1], min(validations, key=lambda r: r["loss"])
-        summary["validation"] = {k: last[k] for k in ("step", "loss", "bits_per_byte")}
-        summary["best_validation"] = {k: best[k] for k in ("step", "loss", "bits_per_byte")}
+        for name, record in (("validation", last), ("best_validation", best)):
+            summary[name] = {key: value for key, value in record.items() if key not in ("kind", "tokens")}
     if train:
         summary["step"] = train[-1]["step"]
         summary["loss"] = train[-1]["loss"]

@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from abyssal.analysis.balance import balance
 from abyssal.checkpoint import load_into, read_tensors, save_model, write_tensors
 from abyssal.checkpoint.run import Run
 from abyssal.config import ModelConfig
-from abyssal.data.loader import Loader
+from abyssal.data.loader import Batch, Loader
 from abyssal.data.shards import TokenShards
 from abyssal.data.tokenizer import Tokenizer
 from abyssal.errors import UserError
@@ -28,10 +29,11 @@ from abyssal.generation import generate
 from abyssal.model import Transformer
 from abyssal.model.fp8_training import train_in_fp8
 from abyssal.training.board import Board
-from abyssal.training.evaluate import Evaluation, evaluate
+from abyssal.training.evaluate import Evaluation, HeldOut, evaluate
 from abyssal.training.hardware import autocast, device_memory, process_memory
+from abyssal.training.loss import Objective
 from abyssal.training.optimizer import learning_rate
-from abyssal.training.recipe import Recipe
+from abyssal.training.recipe import RunRecipe
 from abyssal.training.step import NotFinite, StepResult, TrainingStep
 from abyssal.training.weights import lows
 
@@ -51,7 +53,15 @@ class Watcher:
         """After samples were written."""
 
 
-def build_loader(recipe: Recipe, config: ModelConfig, shards: TokenShards) -> Loader:
+class Batches(Protocol):
+    """Endless training batches that can be continued where they were left."""
+
+    def next(self) -> Batch: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+def build_loader(recipe: RunRecipe, config: ModelConfig, shards: TokenShards) -> Loader:
     """The loader of training batches. Raises UserError for a split shorter than one sequence."""
     t = recipe.training
     return Loader(
@@ -63,33 +73,56 @@ def build_loader(recipe: Recipe, config: ModelConfig, shards: TokenShards) -> Lo
     )
 
 
-class Trainer:
-    """Trains ``model`` by ``recipe`` in ``run``, from where the run stands.
+class Keeper:
+    """What of a model a checkpoint holds: here all of it, as a published folder."""
 
-    ``dtype`` is what matrix products run in. ``should_stop`` is asked after every step; when it says so, the state is
-    saved and :meth:`train` returns.
+    def write(self, model: Transformer, folder: Path, lows: Mapping[str, Tensor]) -> None:
+        """Writes it into ``folder``. ``lows``: :func:`abyssal.checkpoint.save_model`."""
+        save_model(model, folder, lows)
+
+    def read(self, model: Transformer, folder: Path) -> None:
+        """Reads it back. Raises UserError where it does not fit."""
+        load_into(model, folder)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a run is made of beside its recipe."""
+
+    model: Transformer
+    tokenizer: Tokenizer
+    loader: Batches
+    held_out: HeldOut
+    data: str
+    """The data in a few words."""
+    device: torch.device
+    dtype: torch.dtype
+    """What matrix products run in."""
+    objective: Objective = field(default_factory=Objective)
+    keeper: Keeper = field(default_factory=Keeper)
+
+
+class Trainer:
+    """Trains ``parts.model`` by ``recipe`` in ``run``, from where the run stands.
+
+    ``should_stop`` is asked after every step; when it says so, the state is saved and :meth:`train` returns.
     """
 
     def __init__(
         self,
-        recipe: Recipe,
-        model: Transformer,
-        tokenizer: Tokenizer,
-        shards: tuple[TokenShards, TokenShards],
+        recipe: RunRecipe,
+        parts: Parts,
         run: Run,
         *,
-        device: torch.device,
-        dtype: torch.dtype,
         watcher: Watcher | None = None,
         should_stop: Callable[[], bool] = lambda: False,
     ) -> None:
-        self.recipe, self.tokenizer, self.run = recipe, tokenizer, run
-        self.device, self.dtype = device, dtype
+        self.recipe, self.parts, self.run = recipe, parts, run
+        self.tokenizer, self.loader, self.held_out = parts.tokenizer, parts.loader, parts.held_out
+        self.device, self.dtype = parts.device, parts.dtype
         self.watcher = watcher or Watcher()
         self.should_stop = should_stop
-        self.model = model.to(device).train()
-        self.train_shards, self.validation_shards = shards
-        self.loader = build_loader(recipe, model.config, self.train_shards)
+        self.model = model = parts.model.to(parts.device).train()
         if recipe.training.fp8:
             train_in_fp8(model)
         if recipe.training.compile:
@@ -101,13 +134,15 @@ class Trainer:
             balance=recipe.balance,
             clip=recipe.training.clip,
             mtp_weight=recipe.training.mtp_weight,
-            device=device,
-            dtype=dtype,
+            device=parts.device,
+            dtype=parts.dtype,
             recompute=recipe.training.recompute,
+            objective=parts.objective,
         )
         self.optimizer, self.balancers = self._step.optimizer, self._step.balancers
         self.done = 0
         self.tokens = 0
+        self._logged = 0  # tokens when metrics were last written
         self.best: dict[str, Any] | None = None
         self.board: Board | None = None
 
@@ -168,7 +203,7 @@ class Trainer:
             result = self._step(batches, t.sequence_length, lr, self.done / t.steps)
         except NotFinite as error:
             raise self._not_finite(self.done + 1, error.what, error.value) from None
-        self.tokens += t.accumulate * t.batch_size * t.sequence_length
+        self.tokens += sum(int((batch.documents[:, : t.sequence_length] >= 0).sum()) for batch in batches)
         return result
 
     def _check(self, pending: list[StepResult]) -> None:
@@ -189,7 +224,7 @@ class Trainer:
     def _record(self, results: list[StepResult], seconds: float) -> dict[str, Any]:
         """The metrics of the steps since the last record: means, and loads added up."""
         n = len(results)
-        t = self.recipe.training
+        tokens, self._logged = self.tokens - self._logged, self.tokens
         return {
             "kind": "train",
             "step": self.done,
@@ -200,8 +235,9 @@ class Trainer:
             "lr": results[-1].lr,
             "grad_norm": results[-1].grad_norm,
             "step_time": seconds / n,
-            "tokens_per_s": n * t.accumulate * t.batch_size * t.sequence_length / seconds,
+            "tokens_per_s": tokens / seconds,
             "tokens": self.tokens,
+            **{name: sum(r.extras[name] for r in results) / n for name in self.parts.objective.names},
             "memory": {"process": process_memory(), "device": device_memory(self.device)},
             "layers": self._layers(results),
         }
@@ -210,6 +246,8 @@ class Trainer:
         """What the routers did, by layer: loads added up, their balance, the biases as they are now."""
         layers: dict[str, Any] = {}
         for layer, router in self.model.routers.items():
+            if layer not in results[-1].loads:
+                continue  # an MTP module that is not trained
             per_step = [r.loads[layer].cpu() for r in results]
             load = torch.stack(per_step).sum(0)
             b = balance(load)
@@ -226,16 +264,16 @@ class Trainer:
         with torch.compiler.set_stance("force_eager"):  # without gradients all would be compiled once more
             evaluation = evaluate(
                 self.model,
-                self.validation_shards,
-                batch_size=t.batch_size,
+                self.held_out,
                 sequence_length=t.sequence_length,
                 dtype=self.dtype,
                 batches=self.recipe.validation.batches,
+                objective=self.parts.objective,
             )
         self.model.train()
         if not math.isfinite(evaluation.loss):
             raise self._not_finite(self.done, "validation loss", evaluation.loss)
-        record = {"kind": "validation", "step": self.done, **vars(evaluation)}
+        record = {"kind": "validation", "step": self.done, **evaluation.figures()}
         self._log(record)
         if self.best is None or evaluation.loss < self.best["loss"]:
             self.best = {"step": self.done, "loss": evaluation.loss}
@@ -271,7 +309,7 @@ class Trainer:
         state = {"step": self.done, "tokens": self.tokens, "loader": self.loader.state_dict(), "best": self.best}
 
         def write(folder: Path) -> None:
-            save_model(self.model, folder, lows(self.model, self.optimizer))
+            self.parts.keeper.write(self.model, folder, lows(self.model, self.optimizer))
             self.tokenizer.save(folder)
             write_tensors(self._training_state(), folder / TRAINING_STATE)
 
@@ -279,7 +317,7 @@ class Trainer:
 
     def _training_state(self) -> dict[str, Tensor]:
         tensors = {}
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in self._trained():
             for key, value in self.optimizer.state[parameter].items():
                 if key != "low":  # it is in the model's weights, which are written as FP32
                     tensors[f"optimizer.{key}.{name}"] = value
@@ -288,6 +326,9 @@ class Trainer:
                 tensors[f"balance.{name}.{key}"] = value
         return tensors
 
+    def _trained(self) -> list[tuple[str, nn.Parameter]]:
+        return [(name, parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad]
+
     def resume(self, step: int) -> None:
         """Takes the state of the checkpoint after ``step`` steps. Raises UserError where it does not fit."""
         folder = self.run.checkpoint(step)
@@ -295,9 +336,9 @@ class Trainer:
         if state["step"] != step:
             raise UserError(f"{folder / 'state.json'}: step: {state['step']!r}, the folder's name says {step}")
         self._step.finish()
-        load_into(self.model, folder)
+        self.parts.keeper.read(self.model, folder)
         tensors = read_tensors(folder / TRAINING_STATE)
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in self._trained():
             for key, own in self.optimizer.state[parameter].items():
                 stored = tensors.get(f"optimizer.{key}.{name}")
                 if stored is None:
@@ -315,4 +356,5 @@ class Trainer:
             balancer.load_state_dict(found)
         self.loader.load_state_dict(state["loader"])
         self.done, self.tokens, self.best = state["step"], state["tokens"], state["best"]
+        self._logged = self.tokens
         self.run.forget_after(step)

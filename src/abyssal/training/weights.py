@@ -32,8 +32,11 @@ def product_matrices(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def to_bfloat16(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Makes the product matrices BF16 in place, with ``low`` in the optimizer's state. Gradients are dropped."""
+    """Makes the product matrices that are trained BF16 in place, with ``low`` in the optimizer's state. Gradients are
+    dropped."""
     for parameter in product_matrices(model).values():
+        if not parameter.requires_grad:
+            continue
         parameter.grad = None
         parameter.data, optimizer.state[parameter]["low"] = split(parameter.data.float())
 
@@ -41,14 +44,14 @@ def to_bfloat16(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 def to_float32(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Makes every weight that has a ``low`` its FP32 master again. Gradients are dropped."""
     for parameter in model.parameters():
-        if "low" in optimizer.state[parameter]:
+        if "low" in optimizer.state.get(parameter, ()):
             parameter.grad = None
             parameter.data = merge(parameter.data, optimizer.state[parameter].pop("low"))
 
 
 def lows(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """``low`` of every weight that has one, by name."""
-    states = {name: optimizer.state[parameter] for name, parameter in model.named_parameters()}
+    states = {name: optimizer.state.get(parameter, {}) for name, parameter in model.named_parameters()}
     return {name: state["low"] for name, state in states.items() if "low" in state}
 
 
@@ -56,5 +59,5 @@ def sum_gradients_in_float32(model: nn.Module, wanted: bool) -> None:
     """Whether BF16 weights gather FP32 gradients over several backward passes, each of which gives BF16 (what is added
     to a sum in BF16 would mostly be rounded away). No gradient may stand when this changes."""
     for parameter in model.parameters():
-        if parameter.dtype == torch.bfloat16:
+        if parameter.dtype == torch.bfloat16 and parameter.requires_grad:
             parameter.grad_dtype = torch.float32 if wanted else torch.bfloat16
