@@ -5,10 +5,10 @@
 
 The model is shape S of benchmarks/training.py (V3's architecture, 106M parameters), its tokenizer a byte-level BPE of
 the data. Rows are packed; ours keeps attention within each example, theirs sees the row as one text, as people pack
-with PEFT. Both learn the answers only. Frozen weights are BF16. PEFT runs in three ways: as its defaults have it (FP32
-adapters under BF16 autocast), with adapters in BF16 and no autocast, and, since transformers' experts are one tensor a
-layer, experts through ``target_parameters``. transformers runs grouped_mm experts and SDPA. ``--memory`` takes the peak
-of some steps of each side, in processes of their own, less what the process held before.
+with PEFT. Both learn the answers only, and begin with the same adapter. Frozen weights are BF16. PEFT runs in two ways:
+as its defaults have it (FP32 adapters under BF16 autocast), and with adapters in BF16 and no autocast. transformers
+runs grouped_mm experts and SDPA. ``--memory`` takes the peak of some steps of each side, in processes of their own,
+less what the process held before.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
+import tempfile
 import time
 from collections.abc import Callable
 from functools import cache
@@ -25,6 +26,7 @@ from typing import Any
 import torch
 from machine import as_json, describe_machine, markdown, paired_ratio, peak_memory, spread
 
+from abyssal.checkpoint.adapter import write_adapter
 from abyssal.config import ModelConfig, to_published
 from abyssal.data.examples import ExampleConfig, read_examples
 from abyssal.data.loader import Batch
@@ -39,7 +41,6 @@ from training import SHAPES
 
 CPU = torch.device("cpu")
 ATTENTION = ["q_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]
-MLP = ["gate_proj", "up_proj", "down_proj"]
 BATCH, LENGTH = 8, 256
 DATA = Path("../shared/data/gsm8k_train.jsonl.gz")
 
@@ -66,14 +67,19 @@ def rows(data: Path, count: int) -> list[Batch]:
     return [loader.next() for _ in range(count)]
 
 
+def adapted(targets: str, rank: int) -> Transformer:
+    """The model with adapters, the same for both sides."""
+    network, generator = model(), torch.Generator().manual_seed(1)
+    add_lora(network, ATTENTION if targets == "attention" else ["all"], rank, 2.0 * rank, generator=generator)
+    return network
+
+
 class Ours:
     """The trainer's own step."""
 
     def __init__(self, targets: str, rank: int) -> None:
-        network = model().train()
-        add_lora(network, ATTENTION if targets == "attention" else ["all"], rank, 2.0 * rank)
         self.step = TrainingStep(
-            network,
+            adapted(targets, rank).train(),
             optimizer=OptimizerConfig(lr=1e-4, weight_decay=0.0),
             balance=BalanceConfig(),
             clip=1.0,
@@ -91,21 +97,19 @@ class Theirs:
 
     def __init__(self, targets: str, rank: int, pure: bool = False) -> None:
         import transformers
-        from peft import LoraConfig, get_peft_model
+        from peft import PeftModel
 
         transformers.logging.set_verbosity_error()
         theirs = transformers.DeepseekV3Config.from_dict(to_published(config()))
         theirs._experts_implementation = "grouped_mm"
         network = transformers.DeepseekV3ForCausalLM(theirs).to(torch.bfloat16)
         network.load_state_dict(model().state_dict(), strict=False)
-        settings: dict[str, Any] = {"target_modules": ATTENTION}
-        if targets == "all":
-            settings = {
-                "target_modules": [*ATTENTION, *MLP],
-                "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
-            }
-        lora = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, task_type="CAUSAL_LM", **settings)
-        self.model = get_peft_model(network, lora, autocast_adapter_dtype=not pure).train()
+        # Our adapter says which tensors are adapted: by modules' names PEFT leaves V3's dense and shared MLPs out.
+        with tempfile.TemporaryDirectory() as folder:
+            write_adapter(Path(folder), adapted(targets, rank), base="base")
+            self.model = PeftModel.from_pretrained(
+                network, folder, is_trainable=True, autocast_adapter_dtype=not pure
+            ).train()
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4, weight_decay=0.0, fused=True)
         self.pure = pure

@@ -168,7 +168,7 @@ def test_fields_under_other_names():
     assert parsed({"question": "2+2?", "reply": "4", "text": "x"}, fields=fields) == [CHAT]
     # What was named decides before what else is there.
     assert parsed({"messages": [USER], "body": "t"}, fields={"text": "body"}) == [Document("f, line 1", "t")]
-    with pytest.raises(UserError, match=r"^fields: 'promt' is no field .*did you mean 'prompt'"):
+    with pytest.raises(UserError, match=r"^data.fields: 'promt' is no field .*did you mean 'prompt'"):
         Parser(fields={"promt": "x"})
     with pytest.raises(UserError, match=r"^f, line 1: no field 'qestion' \(did you mean 'question'\?\), the 'prompt'"):
         parsed({"question": "2+2?", "answer": "4"}, fields={"prompt": "qestion"})

@@ -1,6 +1,7 @@
 """Whole tuning runs of a tiny model: what is trained and what is not, what is saved and how it is found again."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -151,6 +152,43 @@ def test_another_base_or_other_data_is_told(tmp_path, base, questions):
     )
     with pytest.raises(UserError, match="base: not what this run began with"):
         continued(tmp_path / "run")
+
+
+def test_other_weights_of_the_same_shapes_are_told(tmp_path, base, questions):
+    tuner(tune_recipe(base, questions), tmp_path / "run", should_stop=lambda: True).train()
+    other = write_base(tmp_path / "other", seed=9)
+    shutil.copy(other / "model.safetensors", base / "model.safetensors")
+    with pytest.raises(UserError, match="weights: not what this run began with"):
+        continued(tmp_path / "run")
+
+
+def test_a_base_that_was_moved_is_named_anew(tmp_path, base, questions, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tuner(tune_recipe("base", "questions.jsonl"), tmp_path / "run", should_stop=lambda: True).train()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert continued(tmp_path / "run").done == 1  # paths were made absolute
+    base.rename(tmp_path / "moved")
+    with pytest.raises(UserError, match="base"):
+        continued(tmp_path / "run")
+    assert continued(tmp_path / "run", {"base": str(tmp_path / "moved")}).done == 1
+
+
+@pytest.mark.parametrize("name", ["lora", "esft"])
+def test_a_tuned_model_that_is_not_whole_is_no_base(tmp_path, base, questions, name):
+    tuner(tune_recipe(base, questions, **METHODS[name]), tmp_path / "run").train()
+    with pytest.raises(UserError, match="tuned, and not whole; merge it first: abyssal export"):
+        tuner(tune_recipe(tmp_path / "run", questions), tmp_path / "again")
+
+
+def test_experts_begin_with_the_files_own_numbers(tmp_path, base, questions):
+    """Also where products are BF16 and the file is FP32."""
+    recipe = tune_recipe(base, questions, method="esft", esft__p=0.5, training__dtype="bfloat16", optimizer__lr=1e-30)
+    assert tuner(recipe, tmp_path / "run").train()
+    model, _ = load(tmp_path / "run")
+    untouched, _ = load(base)
+    for (name, got), (_, expected) in zip(model.named_parameters(), untouched.named_parameters(), strict=True):
+        assert torch.equal(got, expected), name
 
 
 def test_a_training_run_and_a_tuning_run_are_not_confused(tmp_path, base, questions):

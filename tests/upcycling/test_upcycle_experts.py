@@ -146,10 +146,22 @@ def test_fit_brings_the_routed_layer_nearer():
 
     fresh = rows(256, seed=5).view(4, 64, HIDDEN)
     before = cosine(outputs(forward, fresh, batch=4, dtype=torch.float32), mlp(fresh))
-    fit(layer, forward, x, y, steps=200, batch=4, dtype=torch.float32, generator=torch.Generator().manual_seed(0))
+    order = torch.Generator().manual_seed(0)
+    fit(layer, forward, x, y, steps=200, batch=4, rate=0.005, dtype=torch.float32, generator=order)
     after = cosine(outputs(forward, fresh, batch=4, dtype=torch.float32), mlp(fresh))
     assert after > before + 0.01
     assert not any(p.requires_grad for p in layer.parameters())
+
+
+def test_a_rate_that_does_harm_is_halved():
+    mlp, x = dense_mlp(), rows(512).view(8, 64, HIDDEN)
+    y = mlp(x)
+    new = dense_mlp()
+    new.down_proj.weight.mul_(0.9)  # an error of .01, which steps as long as the weights themselves make much larger
+    order = torch.Generator().manual_seed(0)
+    fit(new, new, x, y, steps=60, batch=4, rate=1.0, dtype=torch.float32, generator=order)
+    error = (new(x) - y).square().sum(-1) / y.square().sum(-1)
+    assert error.mean() < 0.01
 
 
 @pytest.mark.parametrize(

@@ -62,9 +62,10 @@ class Rounding:
 
     def describe(self) -> str:
         """One line."""
+        coarse = "" if self.survived > 0.9 else ": the base's format is too coarse for it, --dtype bf16 keeps it"
         return (
             f"{self.tensors:,} tensors changed; rounding moved them by {self.of_weights:.2e} of their size, "
-            f"{self.of_change:.2e} of the change's; {self.survived:.1%} of the change is in what was written"
+            f"{self.of_change:.2e} of the change's; {self.survived:.1%} of the change is in what was written{coarse}"
         )
 
 

@@ -70,10 +70,12 @@ def find_config(model: str) -> ModelConfig:
     """:func:`abyssal.loading.find_config`, and the config of a run that has no checkpoint yet."""
     from abyssal import loading
     from abyssal.checkpoint.run import MANIFEST
-    from abyssal.training.start import run_recipe
+    from abyssal.config import ModelConfig, parse, read_mapping
+    from abyssal.training.start import RECIPE
 
-    if (Path(model) / MANIFEST).is_file():
-        return run_recipe(Path(model)).model_config_resolved()
+    path = Path(model)
+    if (path / MANIFEST).is_file():  # a run of train or of tune: both write the model out in full
+        return parse(ModelConfig, read_mapping(path / RECIPE).get("model"), f"{path / RECIPE}: model")
     return loading.find_config(model)
 
 

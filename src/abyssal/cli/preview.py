@@ -13,7 +13,6 @@ from abyssal.cli.loaded import ModelArgument
 if TYPE_CHECKING:
     from abyssal.data.tokenizer import Tokenizer
 
-LENGTH = 1024
 _MASKED, _LEARNED = "grey50", "green"
 
 
@@ -83,6 +82,7 @@ def _settings(changes: list[str]) -> tuple[dict[str, Any], int | None]:
 def _default_length(folder: Path) -> int:
     """What tune takes: 1,024 tokens, or the model's context where that is shorter."""
     from abyssal.config import read_mapping
+    from abyssal.tuning.recipe import LENGTH
 
     file = folder / "config.json"
     context = read_mapping(file).get("max_position_embeddings") if file.is_file() else None

@@ -18,13 +18,13 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import Field
+from pydantic import Field, PositiveInt
 
 from abyssal.config import Config
 from abyssal.data.records import Chat, Completion, Document, Pair, Parsed, Parser, records
@@ -45,7 +45,7 @@ class ExampleConfig(Config):
     ``{prompt: question, response: answer}``. ``system``: goes first where a record has no system message.
     ``template``: a file with the chat template, in place of the tokenizer's own. ``learn``: the assistant's words (the
     completion), or all. ``too_long``: what becomes of an example of more than sequence_length + 1 tokens: drop it, or
-    truncate it at its end (of a preference the longer answer first).
+    truncate it at its end (of a preference the longer answer first). ``limit``: no more than so many records are read.
     """
 
     source: str
@@ -57,6 +57,7 @@ class ExampleConfig(Config):
     template: str | None = None
     learn: Literal["assistant", "all"] = "assistant"
     too_long: Literal["drop", "truncate"] = "drop"
+    limit: PositiveInt | None = None
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,10 @@ class Counts:
             (self.dropped, f"dropped, {longer}"),
             (self.truncated, f"cut at the end, {longer}"),
             (self.empty, "left out, with nothing to learn"),
-            (self.otherwise, "answers begin otherwise than the chat template prompts for them"),
+            (
+                self.otherwise,
+                "answers begin otherwise than the chat template prompts for (reasoning left out, perhaps)",
+            ),
         )
         return "; ".join([line, *(f"{number:,} {what}" for number, what in notes if number)])
 
@@ -215,6 +219,12 @@ class _Collection:
     def split(self, fraction: float) -> tuple[_Collection, _Collection]:
         """The examples of the last `fraction` of the records apart: of one at least, and not of all."""
         kept = sorted(set(self.of))
+        if len(kept) == 1 and self.format == "text":  # one long text: its stretches are what there is to hold out
+            return (
+                replace(self, of=list(range(len(self.of)))).split(fraction)
+                if len(self.of) > 1
+                else (self, self._none())
+            )
         count = min(max(round(len(kept) * fraction), 1), len(kept) - 1) if fraction else 0
         cut = self.of.index(kept[-count]) if count else len(self.of)
         first, last = slice(0, cut * self.per_example), slice(cut * self.per_example, None)
@@ -222,6 +232,9 @@ class _Collection:
             replace(self, tokens=self.tokens[first], learned=self.learned[first], of=self.of[:cut]),
             replace(self, tokens=self.tokens[last], learned=self.learned[last], of=self.of[cut:]),
         )
+
+    def _none(self) -> _Collection:
+        return replace(self, tokens=[], learned=[], of=[])
 
     def examples(self, tokenizer: Tokenizer) -> Examples:
         tokens = np.concatenate([np.empty(0, np.int32), *self.tokens])
@@ -237,7 +250,7 @@ class _Collection:
 
 
 def _read(source: str, config: ExampleConfig, tokenizer: Tokenizer, limit: int) -> _Collection:
-    found = records(source)
+    found = islice(records(source), config.limit)
     parser = Parser(None if config.format == "auto" else config.format, config.fields, config.system)
     first = next(found, None)
     if first is None:
@@ -290,6 +303,8 @@ def _draft(record: Parsed, turns: Turns | None, everything: bool) -> list[list[_
     assert turns is not None
     if isinstance(record, Pair):
         sides = [turns.text(record.chosen), turns.text(record.rejected)]
+        if sides[0] == sides[1]:
+            return []  # nothing is preferred
         return [[_Sequence(side, True) for side in sides]] if all(sides) else []
     assert isinstance(record, Chat)
     texts = [turns.whole(record)] if everything else turns.texts(record)

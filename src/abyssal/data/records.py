@@ -201,7 +201,7 @@ class Parser:
         for name in self.fields:
             if name not in NAMES:
                 hint = nearest(name, NAMES) or f"; known: {', '.join(NAMES)}"
-                raise UserError(f"fields: {name!r} is no field that is known here{hint}")
+                raise UserError(f"data.fields: {name!r} is no field that is known here{hint}")
 
     def parse(self, record: Record) -> Parsed:
         """Raises UserError where the record is not of the format, or not well formed."""

@@ -86,10 +86,13 @@ class Turns:
         return texts[0] if texts else []
 
     def _turns(self, chat: Chat) -> list[int]:
+        """The answers that are learned. As in OpenAI's format, one with ``weight`` 0 is not."""
         messages = enumerate(chat.messages)
-        return [
-            n for n, message in messages if n >= chat.first and message["role"] == "assistant" and not silent(message)
-        ]
+        answers = [n for n, message in messages if n >= chat.first and message["role"] == "assistant"]
+        for n in answers:
+            if (weight := chat.messages[n].get("weight", 1)) not in (0, 1):
+                raise UserError(f"{chat.place}: {chat.name(n)}.weight: {weight!r}; expected 0 (not learned) or 1")
+        return [n for n in answers if not silent(chat.messages[n]) and chat.messages[n].get("weight", 1)]
 
     def _marked(self, chat: Chat, count: int) -> list[Piece]:
         before = 0
@@ -99,7 +102,13 @@ class Turns:
             text, spans = self._template.render_marked(chat.messages[:count], tools=chat.tools)
         except UserError as error:
             raise self._refused(chat, count, error) from error
-        return _cut(_checked(chat, text), [_Answer(text, *span) for span in spans[before:]])
+        answers = [n for n, message in enumerate(chat.messages[:count]) if message["role"] == "assistant"]
+        if len(answers) == len(spans):
+            learned = set(self._turns(chat))
+            chosen = [span for n, span in zip(answers, spans, strict=True) if n in learned]
+        else:
+            chosen = spans[before:]
+        return _cut(_checked(chat, text), [_Answer(text, *span) for span in chosen])
 
     def _answer(self, chat: Chat, turn: int) -> _Answer:
         text = self._render(chat, turn + 1)

@@ -352,15 +352,8 @@ def add_lora(
     Raises UserError where a target matches nothing or what cannot be adapted, the rank does not fit, or the model has
     an adapter already.
     """
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise UserError(f"rank: {rank!r} is not a number from 1")
-    if not (isinstance(alpha, int | float) and math.isfinite(alpha) and alpha > 0):
-        raise UserError(f"alpha: {alpha!r} is not a number above 0")
     known = matrices(model)
-    chosen = choose(model, [targets] if isinstance(targets, str) else targets)
-    for name in chosen:
-        if rank > min(known[name][-2:]):
-            raise UserError(f"rank: {rank} is larger than a side of {name} {list(known[name])}")
+    chosen = check_lora(model, targets, rank, alpha)
     device = model.model.embed_tokens.weight.device
     changes = {}
     for name in chosen:
@@ -371,6 +364,20 @@ def add_lora(
         a.uniform_(-bound, bound, generator=generator)
         changes[name] = LowRank(a, torch.zeros(*experts, outputs, rank, device=device), alpha, rslora)
     return attach(model, changes)
+
+
+def check_lora(model: Transformer, targets: str | Sequence[str], rank: int, alpha: float) -> list[str]:
+    """What :func:`add_lora` would adapt; ``model`` may be on the meta device. Raises UserError where it would."""
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        raise UserError(f"rank: {rank!r} is not a number from 1")
+    if not (isinstance(alpha, int | float) and math.isfinite(alpha) and alpha > 0):
+        raise UserError(f"alpha: {alpha!r} is not a number above 0")
+    known = matrices(model)
+    chosen = choose(model, [targets] if isinstance(targets, str) else targets)
+    for name in chosen:
+        if rank > min(known[name][-2:]):
+            raise UserError(f"rank: {rank} is larger than a side of {name} {list(known[name])}")
+    return chosen
 
 
 def choose(model: Transformer, targets: Sequence[str]) -> list[str]:
@@ -470,6 +477,8 @@ def _parameter_shapes(model: Transformer) -> Iterator[tuple[int, ...]]:
     yield from held.values()
     seen = {f"{name}.weight" for name in held} | held.keys()
     yield from (tuple(p.shape) for name, p in model.named_parameters() if name not in seen)
+    if isinstance(model.lm_head, QuantizedLinear):
+        yield tuple(model.lm_head.shape)
 
 
 def adapters(model: nn.Module) -> Iterator[tuple[str, LoRALinear | LoRAExperts]]:

@@ -40,8 +40,8 @@ class PartialExperts(Experts):
         still = [expert for expert in range(count) if expert not in set(chosen)]
         with torch.no_grad():
             for name, stacked in (("gate_up", experts.gate_up_proj), ("down", experts.down_proj)):
-                setattr(self, f"still_{name}", nn.Parameter(stacked[still].clone(), requires_grad=False))
-                setattr(self, f"{name}_proj", nn.Parameter(stacked[chosen].clone()))
+                setattr(self, f"still_{name}", nn.Parameter(stacked[still], requires_grad=False))
+                setattr(self, f"{name}_proj", nn.Parameter(stacked[chosen]))
         place = torch.empty(count, dtype=torch.long, device=experts.gate_up_proj.device)
         place[[*still, *chosen]] = torch.arange(count, device=place.device)
         self.register_buffer("place", place, persistent=False)

@@ -198,6 +198,15 @@ class RunRecipe(Config):
         """The model, with presets and changes resolved. Raises UserError."""
         return resolve_model(self.model)
 
+    def decisive(self) -> dict[str, Any]:
+        """The settings that make a run what it is: those that may change when it goes on are left out."""
+        data = self.model_dump(exclude={"name", "validation", "samples", "checkpoint", "log"})
+        data["model"] = self.model_config_resolved().model_dump(exclude={"published"})
+        data["data"].pop("cache", None)
+        for key in ("steps", "device", "compile"):
+            del data["training"][key]
+        return data
+
 
 class Recipe(RunRecipe):
     """A whole training run. ``model`` is a preset, a path to a config.json, or a mapping (``preset`` and changes)."""

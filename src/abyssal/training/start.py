@@ -28,8 +28,6 @@ from abyssal.training.recipe import Recipe, RunRecipe, check, to_yaml
 from abyssal.training.trainer import Parts, Trainer, build_loader
 
 RECIPE = "recipe.yaml"
-# What may change when a run goes on; anything else would make it another run.
-_MAY_CHANGE = ("name", "validation", "samples", "checkpoint", "log")
 
 
 @dataclass(frozen=True)
@@ -233,20 +231,11 @@ def _check_prompts(recipe: RunRecipe, model: Transformer, tokenizer: Tokenizer) 
 
 def _difference(stored: RunRecipe, recipe: RunRecipe) -> str | None:
     """The first setting in which two recipes are different runs, as ``key: theirs, not ours``; None if they are one."""
-    old, new = _flat(_comparable(stored)), _flat(_comparable(recipe))
+    old, new = _flat(stored.decisive()), _flat(recipe.decisive())
     for key in [*old, *(k for k in new if k not in old)]:
         if old.get(key) != new.get(key):
             return f"{key} is {old.get(key)!r} there, {new.get(key)!r} here"
     return None
-
-
-def _comparable(recipe: RunRecipe) -> dict[str, Any]:
-    data = recipe.model_dump(exclude=set(_MAY_CHANGE))
-    data["model"] = recipe.model_config_resolved().model_dump(exclude={"published"})
-    data["data"].pop("cache", None)
-    for key in ("steps", "device", "compile"):
-        del data["training"][key]
-    return data
 
 
 def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:

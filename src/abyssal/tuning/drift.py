@@ -27,7 +27,7 @@ FILE = "routing.safetensors"
 
 @dataclass(frozen=True)
 class Before:
-    """Held-out tokens, and what the model decided for them before tuning, by layer."""
+    """Held-out tokens, and what the main model's layers decided for them before tuning."""
 
     texts: Texts
     routing: dict[int, LayerRouting]
@@ -47,7 +47,8 @@ class Before:
         try:
             ids, document, position = (tensors[name].numpy() for name in ("ids", "document", "position"))
             texts = _texts(ids, document, position)
-            routing = {layer: _layer(model, layer, tensors, len(ids)) for layer in model.routers}
+            layers = [layer for layer in model.routers if layer < model.config.num_hidden_layers]
+            routing = {layer: _layer(model, layer, tensors, len(ids)) for layer in layers}
         except (KeyError, ValueError) as error:
             raise UserError(
                 f"{folder / FILE}: not this run's routing ({error!r}); remove it to go on without"
@@ -71,7 +72,8 @@ def look_before(model: Transformer, examples: Examples, tokens: int, length: int
         seen += count
     parts = (np.concatenate(part).astype(np.int32) for part in (ids, document, position))
     texts = _texts(*parts)
-    return Before(texts, _look(model, texts, dtype))
+    routing = _look(model, texts, dtype)
+    return Before(texts, {layer: kept for layer, kept in routing.items() if not kept.mtp})
 
 
 def measure_drift(model: Transformer, before: Before, dtype: torch.dtype) -> dict[int, Drift]:
@@ -110,5 +112,4 @@ def _layer(model: Transformer, layer: int, tensors: dict[str, Tensor], count: in
     ):
         raise ValueError(f"layer {layer}: {indices.shape}")
     nothing = np.zeros(count, np.float32)
-    mtp = max(layer - model.config.num_hidden_layers + 1, 0)
-    return LayerRouting(layer, mtp, moe.n_routed_experts, moe.segments, indices, weights, None, nothing, nothing)
+    return LayerRouting(layer, 0, moe.n_routed_experts, moe.segments, indices, weights, None, nothing, nothing)

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 
 from abyssal.config import Config, ModelConfig, merge, parse, read_mapping
 from abyssal.data.examples import ExampleConfig
@@ -18,22 +18,27 @@ Method = Literal["full", "lora", "esft"]
 # Where a learning rate is not given. LoRA's B begins at zero and takes larger steps (arXiv 2106.09685, table 11);
 # preferences are a much sharper signal than text (arXiv 2305.18290, appendix B, has 1e-6 for full tuning).
 _RATES = {"full": 2e-5, "lora": 2e-4, "esft": 1e-5}
-_LENGTH = 1024
+LENGTH = 1024
 _PREFERENCE_RATES = {"full": 1e-6, "lora": 2e-5, "esft": 1e-6}
 
 
 class LoRAConfig(Config):
     """Low-rank adaptation (arXiv 2106.09685): W + α/r · B A.
 
-    ``targets``: ``all`` (every projection and all routed experts), or names of projections such as q_proj, kv_b_proj,
-    o_proj, down_proj, ``experts``; globs and full names too. ``alpha`` None: twice the rank. ``rslora``: α/√r in place
-    of α/r (arXiv 2312.03732).
+    ``targets``: ``all`` (every projection and all routed experts), or names, as a list or joined by commas: q_proj,
+    kv_b_proj, o_proj, down_proj, ``experts``, …; globs and full names too. ``alpha`` None: twice the rank. ``rslora``:
+    α/√r in place of α/r (arXiv 2312.03732).
     """
 
     rank: PositiveInt = 8
     alpha: PositiveFloat | None = None
     targets: list[str] = Field(default=["all"], min_length=1)
     rslora: bool = False
+
+    @field_validator("targets", mode="before")
+    @classmethod
+    def _one_or_several(cls, targets: Any) -> Any:
+        return targets.split(",") if isinstance(targets, str) else targets
 
 
 class ESFTConfig(Config):
@@ -113,6 +118,22 @@ class TuneRecipe(RunRecipe):
             return find_config(self.base)
         return super().model_config_resolved()
 
+    def decisive(self) -> dict[str, Any]:
+        data = super().decisive()
+        # Where they lie may change: what they are is compared by fingerprints.
+        for key in ("source", "validation", "template"):
+            del data["data"][key]
+        del data["base"], data["drift"]
+        return data
+
+    def with_places(self, base: str) -> TuneRecipe:
+        """With ``base``, and absolute paths for the data, so that the run can be continued from any folder."""
+        data = self.data.model_dump()
+        for key in ("source", "validation", "template"):
+            if data[key] is not None and Path(data[key]).exists():
+                data[key] = str(Path(data[key]).absolute())
+        return self.model_copy(update={"base": base, "data": ExampleConfig(**data)})
+
 
 def check_tuning(recipe: TuneRecipe, model: ModelConfig, where: str) -> None:
     """Raises UserError where recipe and model do not go together."""
@@ -158,7 +179,7 @@ def build_recipe(base: str | None, source: str | None, file: Path | None, change
 
 def with_length(recipe: TuneRecipe, model: ModelConfig) -> TuneRecipe:
     """``recipe`` with a sequence length."""
-    length = recipe.training.sequence_length or min(_LENGTH, model.max_position_embeddings)
+    length = recipe.training.sequence_length or min(LENGTH, model.max_position_embeddings)
     return recipe.model_copy(update={"training": recipe.training.model_copy(update={"sequence_length": length})})
 
 

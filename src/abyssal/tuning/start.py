@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +14,10 @@ import torch
 from torch import Tensor
 
 from abyssal.checkpoint import read_tensors, write_tensors, write_text
-from abyssal.checkpoint.adapter import base_identity
+from abyssal.checkpoint.adapter import base_identity, is_adapter
+from abyssal.checkpoint.overlay import is_overlay
+from abyssal.checkpoint.shards import weights_fingerprint
+from abyssal.config import ModelConfig
 from abyssal.data.examples import Examples, read_examples, with_template
 from abyssal.data.loader import Batch
 from abyssal.data.packing import PackedLoader, packed_batches
@@ -20,13 +25,14 @@ from abyssal.data.tokenizer import Tokenizer
 from abyssal.errors import UserError
 from abyssal.loading import find, find_config, find_tokenizer, load
 from abyssal.model import Transformer
-from abyssal.model.lora import Adapted, add_lora
+from abyssal.model.lora import Adapted, add_lora, check_lora
 from abyssal.model.partial import train_experts
 from abyssal.training.evaluate import HeldOut
 from abyssal.training.hardware import check_compiler, resolve_device
 from abyssal.training.loss import Objective
 from abyssal.training.start import Kind, run_dtype, run_tokenizer
 from abyssal.training.trainer import Keeper, Parts
+from abyssal.training.weights import product_matrices
 from abyssal.tuning import drift
 from abyssal.tuning.dpo import Preference, reference_log_probabilities
 from abyssal.tuning.esft import Choice, choose_experts
@@ -56,8 +62,15 @@ def _prepare(
     if recipe.training.compile:
         check_compiler(device)
     folder, config = find(recipe.base), find_config(recipe.base)
+    if is_adapter(folder) or is_overlay(folder):
+        raise UserError(f"{recipe.base}: tuned, and not whole; merge it first: abyssal export {recipe.base} NEW-FOLDER")
+    if os.path.lexists(recipe.base):
+        # A run's best checkpoint may be another one later; and paths are to be found from any folder.
+        recipe = recipe.with_places(str(folder.absolute()))
     recipe = with_length(recipe, config)
     check_tuning(recipe, config, "tune")
+    if recipe.method == "lora":
+        _check_lora(recipe, config)
     tokenizer = _tokenizer(recipe, folder) if manifest is None else run_tokenizer(path, manifest)
     if tokenizer.vocab_size > config.vocab_size:
         raise UserError(
@@ -83,8 +96,13 @@ def _prepare(
     objective: Objective = Objective(mtp=depth > 0)
     if preference:
         objective = Preference(recipe.dpo, _reference(recipe, model, (train, held_out), dtype, resumed))
-    identity = {"base": base_identity(folder), "data": train.fingerprint, "held_out": held_out.fingerprint}
-    adapted, choice, keeper = _method(recipe, model, train, identity["base"], resumed)
+    identity = {
+        "base": base_identity(folder),
+        "weights": weights_fingerprint(folder),
+        "data": train.fingerprint,
+        "held_out": held_out.fingerprint,
+    }
+    adapted, choice, keeper = _method(recipe, model, train, dtype, identity["base"], resumed)
     if depth == 0 and recipe.method == "full":
         for module in model.mtp_modules:
             module.requires_grad_(False)
@@ -112,10 +130,20 @@ def _tokenizer(recipe: TuneRecipe, folder: Path) -> Tokenizer:
     return with_template(tokenizer, recipe.data.template)
 
 
+def _check_lora(recipe: TuneRecipe, config: ModelConfig) -> None:
+    """Finds out before gigabytes are loaded what :func:`add_lora` would refuse."""
+    with torch.device("meta"):
+        model = Transformer(config)
+    try:
+        check_lora(model, recipe.lora.targets, recipe.lora.rank, recipe.lora.alpha or 1.0)
+    except UserError as error:
+        raise UserError(f"lora.{error}") from None
+
+
 def _load(recipe: TuneRecipe, dtype: torch.dtype, device: torch.device) -> Transformer:
     """The base. What stays as it is need not be more precise than the products that read it; what is trained begins
-    with the file's own numbers."""
-    wanted = torch.float32 if recipe.method == "full" else dtype
+    with the file's own numbers (of ESFT not all that is read is trained: see :func:`_method`)."""
+    wanted = {"full": torch.float32, "esft": None, "lora": dtype}[recipe.method]
     return load(recipe.base, dtype=wanted, device=device, weights=recipe.weights)[0]
 
 
@@ -150,7 +178,7 @@ def _reference(
 
 
 def _method(
-    recipe: TuneRecipe, model: Transformer, train: Examples, base: str, resumed: Path | None
+    recipe: TuneRecipe, model: Transformer, train: Examples, dtype: torch.dtype, base: str, resumed: Path | None
 ) -> tuple[Adapted | None, Choice | None, Keeper]:
     """Makes ``model`` ready to be trained as the recipe says."""
     t = recipe.training
@@ -166,6 +194,9 @@ def _method(
         if recipe.esft.shared:
             for name, parameter in model.named_parameters():
                 parameter.requires_grad |= ".mlp.shared_experts." in name
+        for parameter in product_matrices(model).values():
+            if not parameter.requires_grad:
+                parameter.data = parameter.data.to(dtype)
         return None, choice, ExpertsKeeper(recipe.base, base)
     return None, None, Keeper()
 
@@ -173,9 +204,11 @@ def _method(
 def _choice(recipe: TuneRecipe, model: Transformer, train: Examples, resumed: Path | None) -> Choice:
     if resumed is not None and (resumed / CHOICE).is_file():
         return Choice.from_json(resumed / CHOICE)
-    length = recipe.training.sequence_length
-    batches = packed_batches(train, batch_size=recipe.training.batch_size, sequence_length=length, lookahead=1)
-    return choose_experts(model, batches, length, recipe.esft)
+    t = recipe.training
+    # In the order of a first epoch, which is a random one: a file may be sorted.
+    loader = PackedLoader(train, batch_size=t.batch_size, sequence_length=t.sequence_length, lookahead=1, seed=t.seed)
+    batches = (loader.next() for _ in range(math.ceil(loader.epoch_rows / t.batch_size)))
+    return choose_experts(model, batches, t.sequence_length, recipe.esft)
 
 
 def _held_out(examples: Examples, recipe: TuneRecipe, first: int) -> HeldOut:

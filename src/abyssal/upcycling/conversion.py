@@ -46,6 +46,8 @@ Watcher = Callable[[str, int, int], None]
 
 DEFAULT_TEXT = "tinyshakespeare"
 EVALUATION_CONTEXT = 1024
+# Steps of the fit, as a share of each weight's root mean square; the FFN bears longer ones (docs/upcycling.md).
+ATTENTION_RATE, FEED_FORWARD_RATE = 0.001, 0.005
 
 
 def upcycle(
@@ -196,7 +198,7 @@ class Conversion:
         stages: dict[str, LatentAttention] = {"factorised": without_norm(new), "norm in": new}
         if self.settings.fit:
             stages["fitted"] = copy.deepcopy(new)
-            self._fit(stages["fitted"], partial(stages["fitted"], context=context), x, y)
+            self._fit(stages["fitted"], partial(stages["fitted"], context=context), x, y, ATTENTION_RATE)
         for stage, module in stages.items():
             figures.attention[stage] = self._likeness(partial(module, context=context), x, y)
             self.attention.setdefault(stage, []).append(module)
@@ -218,7 +220,7 @@ class Conversion:
         stages: dict[str, MoE] = {"routed": new}
         if self.settings.fit:
             stages["fitted"] = copy.deepcopy(new)
-            self._fit(stages["fitted"], partial(_routed, stages["fitted"]), z, f)
+            self._fit(stages["fitted"], partial(_routed, stages["fitted"]), z, f, FEED_FORWARD_RATE)
         for stage, module in stages.items():
             figures.feed_forward[stage] = self._likeness(partial(_routed, module), z, f)
             self.feed_forward.setdefault(stage, []).append(module)
@@ -226,7 +228,7 @@ class Conversion:
         found = splitting.router_figures(last, splitting.energies(last, judged), judged)
         figures.caught, figures.caught_at_best, figures.load_cv = found.caught, found.best, found.load_cv
 
-    def _fit(self, module: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> None:
+    def _fit(self, module: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, rate: float) -> None:
         s, n = self.settings, self.calibrating
         fit(
             module,
@@ -235,6 +237,7 @@ class Conversion:
             y[:n],
             steps=s.fit,
             batch=s.batch,
+            rate=rate,
             dtype=self.dtype,
             generator=self.generator,
         )
