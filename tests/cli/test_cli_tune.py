@@ -61,7 +61,9 @@ def test_lora_says_what_it_adapts_and_how_routing_moved(abyssal, base, questions
     code, out, err = abyssal("export", run, str(tmp_path / "merged"), "--force")
     assert code == 0, err
     assert (tmp_path / "merged" / "model.safetensors").is_file()
-    for words in (["report", run], ["inspect", run], ["eval", run, "--perplexity", questions, "--field", "answer"]):
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over a lazy dog")
+    for words in (["report", run], ["inspect", run], ["eval", run, "--perplexity", str(text)]):
         code, out, err = abyssal(*words)
         assert code == 0, err
 
