@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from abyssal.config import MHAConfig, MLAConfig, ModelConfig
 from abyssal.model.attention import LatentAttention, MultiHeadAttention
 from abyssal.upcycling.calibration import Statistics
-from abyssal.upcycling.latent import Spectrum, spectrum, whiten
+from abyssal.upcycling.latent import Spectrum, even_out, spectrum
 from abyssal.upcycling.rotary import Separated, separate
 
 
@@ -34,9 +34,10 @@ def separated(
 
 @torch.no_grad()
 def latent_attention(
-    dense: MultiHeadAttention, config: ModelConfig, parts: Separated, found: Spectrum, x: Tensor
+    dense: MultiHeadAttention, config: ModelConfig, stats: Statistics, parts: Separated, found: Spectrum, x: Tensor
 ) -> LatentAttention:
-    """The layer in MLA's form, its latent white over ``x`` [N, D], in FP32; ``config`` is the new model's.
+    """The layer in MLA's form, its latents of about one length for its inputs ``x`` [n, T, D], in FP32; ``config`` is
+    the new model's.
 
     MLA divides scores by √(d + R), the dense layer by √d: the ratio goes into the queries.
     """
@@ -44,7 +45,8 @@ def latent_attention(
     assert isinstance(mha, MHAConfig)
     assert isinstance(mla, MLAConfig)
     group, size = mha.num_attention_heads // mha.num_key_value_heads, mha.head_dim
-    kv_a, kv_b = whiten(*found.cut(mla.kv_lora_rank), x)
+    rows = x[: len(stats.received)].flatten(0, 1)
+    kv_a, kv_b = even_out(*found.cut(mla.kv_lora_rank), rows, stats.received.flatten())
     keys, values = kv_b.unflatten(0, (2, mha.num_key_value_heads, size)).repeat_interleave(group, dim=1)
     scale = math.sqrt(mla.qk_head_dim / size)
     with torch.device("meta"):

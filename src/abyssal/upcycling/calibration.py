@@ -22,7 +22,7 @@ from abyssal.model.attention import Context, MultiHeadAttention
 from abyssal.model.rotary import rotary_tables
 
 _PER_DOCUMENT = 4  # windows of one document at first, so that a few long books are not all there is
-_STATISTICS = 8  # windows whose attention probabilities are looked at; a few tell enough
+_STATISTICS = 16  # windows whose attention probabilities are looked at
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,8 @@ class Statistics:
     attention rests on it where a head has nothing to look at, wherever it lies."""
     spread: Tensor
     """[H]: E Σ_n p_n |W^O (v_n − o)|², by which an error in a head's scores becomes an error in its output."""
+    received: Tensor
+    """[m, T]: the attention that each token of the first m windows receives, summed over heads and queries."""
 
 
 def causal_context(theta: float, rotary_dim: int, length: int, device: torch.device) -> Context:
@@ -98,11 +100,12 @@ def statistics(attention: MultiHeadAttention, x: Tensor, context: Context) -> St
     moments_o = torch.einsum("Dhd,Dhe->hde", w_o, w_o)
     distances = torch.zeros(heads, length, dtype=torch.float64, device=x.device)
     spread = torch.zeros(heads, dtype=torch.float64, device=x.device)
-    chosen = x[:: max(1, len(x) // _STATISTICS)][:_STATISTICS]
+    chosen = x[:_STATISTICS]
+    received = torch.zeros(chosen.shape[:2], dtype=torch.float64, device=x.device)
     hidden = torch.ones(length, length, dtype=torch.bool, device=x.device).triu(1)
     back = torch.arange(length, device=x.device)
     back = (back.unsqueeze(1) - back).clamp_min(0).flatten()
-    for window in chosen:
+    for index, window in enumerate(chosen):
         q, k, v = (
             projection(window.unsqueeze(0)).unflatten(-1, (-1, size))
             for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
@@ -115,6 +118,7 @@ def statistics(attention: MultiHeadAttention, x: Tensor, context: Context) -> St
         energy = (torch.einsum("htd,hde->hte", v, moments_o) * v).sum(-1)
         mean = (torch.einsum("htd,hde->hte", o, moments_o) * o).sum(-1)
         spread += ((p @ energy.unsqueeze(-1)).squeeze(-1) - mean).clamp_min(0).mean(-1).double()
+        received[index] = p.sum((0, 1))
         p[:, :, 0] = 0
         for head in range(heads):
             distances[head].index_add_(0, back, p[head].flatten().double())
@@ -122,4 +126,4 @@ def statistics(attention: MultiHeadAttention, x: Tensor, context: Context) -> St
     nearest = torch.zeros_like(distances)
     nearest[:, 0] = 1
     distances = torch.where(total > 0, distances / total.clamp_min(1e-12), nearest)
-    return Statistics(moment / len(flat), distances, spread / len(chosen))
+    return Statistics(moment / len(flat), distances, spread / len(chosen), received)

@@ -190,8 +190,8 @@ class Conversion:
     def _convert_attention(self, figures: LayerFigures, x: Tensor, y: Tensor) -> None:
         dense = self.dense.model.blocks[figures.layer].self_attn
         assert isinstance(dense, MultiHeadAttention)
-        _, parts, found = self._separated(figures.layer, x)
-        new = latent_attention(dense, self.new_config, parts, found, x[: self.calibrating].flatten(0, 1))
+        stats, parts, found = self._separated(figures.layer, x)
+        new = latent_attention(dense, self.new_config, stats, parts, found, x[: self.calibrating])
         figures.rotary_kept = parts.kept
         figures.latent_error = found.error(new.latent)
         context = self._context(self.new_config)

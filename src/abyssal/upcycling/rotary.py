@@ -62,7 +62,7 @@ def separate(w_q: Tensor, w_k: Tensor, stats: Statistics, theta: float, rotary: 
     heads, size, _ = w_q.shape
     groups, pairs = len(w_k), size // 2
     of = torch.arange(heads, device=w_q.device) // (heads // groups)
-    q, k = _complex(w_q.double()), _complex(w_k.double())
+    q, k = _complex(w_q.detach().double()), _complex(w_k.detach().double())
     moment = stats.moment.to(torch.complex128)
     energy = torch.einsum("hpD,DE,hpE->hp", q, moment, q.conj()).real * stats.spread.unsqueeze(1)
     s = energy.view(groups, -1, pairs).sum(1).clamp_min(1e-30).sqrt()  # S^½, [G, P]
