@@ -33,7 +33,7 @@ from abyssal.data.loader import Batch
 from abyssal.data.packing import PackedLoader
 from abyssal.data.tokenizer import train_bpe
 from abyssal.model import Transformer
-from abyssal.model.lora import add_lora
+from abyssal.model.adapting import add_lora
 from abyssal.training.hardware import limit_threads
 from abyssal.training.recipe import BalanceConfig, OptimizerConfig
 from abyssal.training.step import TrainingStep

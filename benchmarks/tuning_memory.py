@@ -25,7 +25,7 @@ from abyssal.analysis.inventory import Inventory
 from abyssal.analysis.memory import Layout, TrainingMemory, TrainingSetup
 from abyssal.config import ModelConfig
 from abyssal.model import Transformer
-from abyssal.model.lora import add_lora
+from abyssal.model.adapting import add_lora
 from abyssal.training.hardware import limit_threads
 from abyssal.training.recipe import BalanceConfig, OptimizerConfig
 from abyssal.training.step import TrainingStep

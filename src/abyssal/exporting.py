@@ -25,7 +25,7 @@ from abyssal.errors import UserError
 from abyssal.kernels.packed import Kind
 from abyssal.loading import base_of, find, find_tokenizer
 from abyssal.model import Transformer
-from abyssal.model.lora import adapters, matrices
+from abyssal.model.adapting import adapters, matrices
 
 
 def export(
@@ -157,7 +157,7 @@ def _generation_config(config: ModelConfig, tokenizer: Tokenizer | None) -> dict
     several = config.published.get("eos_token_id")
     ends = list(several) if isinstance(several, list) else [config.eos_token_id]
     if tokenizer is not None:
-        ends += [tokenizer.eos_id, *sorted(tokenizer.end_of_turn_ids)]
+        ends += [tokenizer.eos_id, *sorted(tokenizer.end_of_turn_ids | tokenizer.end_ids)]
     ends = list(dict.fromkeys(end for end in ends if end is not None))
     bos = config.bos_token_id if tokenizer is None or tokenizer.bos_id is None else tokenizer.bos_id
     out: dict[str, Any] = {"_from_model_config": True}

@@ -20,7 +20,7 @@ from abyssal.config import ModelConfig, preset, preset_names, read_config, read_
 from abyssal.data.tokenizer import Tokenizer
 from abyssal.errors import UserError
 from abyssal.model import Transformer
-from abyssal.model.lora import merge_lora, mergeable
+from abyssal.model.adapting import merge_lora, mergeable
 
 
 def load(

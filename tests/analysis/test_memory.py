@@ -15,7 +15,7 @@ from abyssal.config import ModelConfig, preset
 from abyssal.data.loader import Batch
 from abyssal.kernels import native
 from abyssal.model import Transformer
-from abyssal.model.lora import add_lora
+from abyssal.model.adapting import add_lora
 from abyssal.model.quantized import use_packed
 from abyssal.training.hardware import autocast
 from abyssal.training.loss import compute_losses, total_loss

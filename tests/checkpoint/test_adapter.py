@@ -27,7 +27,8 @@ from abyssal.data.tokenizer import byte_tokenizer
 from abyssal.errors import UserError
 from abyssal.loading import find_config, find_tokenizer, load
 from abyssal.model import Transformer
-from abyssal.model.lora import LoRALinear, LowRank, add_lora, attach, low_ranks, matrices, merge_lora
+from abyssal.model.adapting import add_lora, attach, low_ranks, matrices, merge_lora
+from abyssal.model.lora import LoRALinear, LowRank
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
@@ -160,7 +161,7 @@ class TestPEFTReads:
         assert difference(told(network, tokens), told(other, tokens)) < 1e-5
         again = exported(tmp_path / "again", V3)
         apply_adapter(read_adapter(tmp_path), again)
-        assert torch.equal(told(again, tokens), told(other, tokens))
+        assert difference(told(again, tokens), told(other, tokens)) < 1e-6  # addresses decide how a product is summed
 
     def test_mtp_modules_are_left_alone(self, tmp_path):
         """PEFT has no place for them, and the rest is what it is."""
@@ -382,7 +383,7 @@ class TestAsASource:
         base, _ = load(folder / "../../base", weights=weights)
         apply_adapter(read_adapter(folder), base)
         tokens = tokens_for(model.config, 1, 9)
-        assert torch.equal(told(model, tokens), told(base, tokens))
+        assert difference(told(model, tokens), told(base, tokens)) < 1e-6
         assert abyssal.generate(model, byte_tokenizer(), "a", temperature=0, max_new_tokens=4) is not None
 
     def test_some_layers(self, folder):
@@ -609,4 +610,4 @@ def test_a_study_variant(tmp_path):
     again = randomised(config, dtype=torch.float32)
     apply_adapter(read_adapter(tmp_path), again)
     tokens = tokens_for(config, 1, 9)
-    assert torch.equal(told(again, tokens), told(model, tokens))
+    assert difference(told(again, tokens), told(model, tokens)) < 1e-6

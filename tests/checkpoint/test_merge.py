@@ -24,7 +24,8 @@ from abyssal.data.tokenizer import byte_tokenizer
 from abyssal.errors import UserError
 from abyssal.kernels import fp8
 from abyssal.model import Transformer
-from abyssal.model.lora import LowRank, add_lora, low_ranks
+from abyssal.model.adapting import add_lora, low_ranks
+from abyssal.model.lora import LowRank
 
 FP8 = torch.float8_e4m3fn
 V3 = {

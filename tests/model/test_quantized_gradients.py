@@ -20,7 +20,7 @@ from abyssal.generation import Sampling
 from abyssal.kernels import nf4, packed
 from abyssal.kernels.grouped import experts_reference
 from abyssal.model import Cache, Transformer, quantized
-from abyssal.model.lora import add_lora
+from abyssal.model.adapting import add_lora
 from abyssal.model.quantized import (
     Held,
     QuantizedExperts,

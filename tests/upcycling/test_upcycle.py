@@ -8,9 +8,11 @@ from tiny_dense import dense_folder, text_file
 
 import abyssal
 from abyssal.data.corpus import documents
+from abyssal.data.tokenizer import byte_tokenizer
 from abyssal.errors import UserError
 from abyssal.evaluation import perplexity
 from abyssal.upcycling import ExpertSplit, Settings, read_dense, upcycle
+from abyssal.upcycling.calibration import pieces
 
 transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()
@@ -93,7 +95,7 @@ def test_stages_are_judged_on_the_dense_layers_own_inputs(tmp_path, text):
     settings = Settings(cache=32, rotary=16, **QUICK)
     report = upcycle(tmp_path / "dense", tmp_path / "out", settings, calibration=text)
     assert all(layer.attention["factorised"] > 0.999 for layer in report.layers)
-    assert all(layer.attention["norm in"] < layer.attention["factorised"] for layer in report.layers)
+    assert all(0.9 < layer.attention["norm in"] < layer.attention["factorised"] + 1e-4 for layer in report.layers)
     assert report.perplexity["factorised"] == pytest.approx(report.perplexity["dense"], rel=0.01)
     assert all(layer.latent_error < 1e-4 for layer in report.layers)
 
@@ -126,6 +128,63 @@ def test_experts_alone_are_written_as_deepseek_moe(tmp_path, text):
     assert report.active_after < report.parameters_before
 
 
+def test_experts_alone_that_are_all_active_are_the_dense_model(tmp_path, text):
+    """DeepSeekMoE-16B's weights add up to 1: with a router of zeros each of four has 1/4, made up for inside."""
+    theirs = dense_folder(tmp_path / "dense")
+    settings = Settings(experts=ExpertSplit(4, 4, 2), **(QUICK | {"fit": 0}))
+    upcycle(tmp_path / "dense", tmp_path / "out", settings, calibration=text, dtype=torch.float32)
+    model, _ = abyssal.load(tmp_path / "out")
+    for router in model.routers.values():
+        torch.nn.init.zeros_(router.weight)
+    with torch.no_grad():
+        assert torch.allclose(model(TOKENS), theirs(TOKENS).logits, atol=1e-3)
+
+
+@pytest.mark.parametrize("dead", ["o_proj", "q_proj"])
+def test_a_head_that_does_nothing_is_no_trouble(tmp_path, text, dead):
+    """Pruned models have them: costs of 0, whose root has no inverse."""
+    model = dense_folder(tmp_path / "dense")
+    with torch.no_grad():
+        for layer in model.model.layers:
+            weight = getattr(layer.self_attn, dead).weight
+            (weight[:, :32] if dead == "o_proj" else weight[:32]).zero_()  # the query heads of one key head
+    model.save_pretrained(tmp_path / "dense")
+    report = upcycle(tmp_path / "dense", tmp_path / "out", Settings(cache=40, **QUICK), calibration=text)
+    assert min(layer.attention["factorised"] for layer in report.layers) > 0.9
+
+
+def test_a_rank_that_calibration_hardly_fills_does_not_ruin_the_norm(tmp_path, text):
+    dense_folder(tmp_path / "dense")
+    settings = Settings(cache=64, **(QUICK | {"windows": 12, "length": 64, "fit": 30}))
+    report = upcycle(tmp_path / "dense", tmp_path / "out", settings, calibration=text)
+    for layer in report.layers:
+        assert layer.attention["norm in"] > layer.attention["factorised"] - 0.03
+        assert layer.attention["fitted"] >= layer.attention["norm in"]
+
+
+def test_short_documents_are_joined(tmp_path):
+    tokenizer = byte_tokenizer()
+    texts = ["abcde", "fgh", "ijklmnop" * 4, "q"]
+    found = pieces(texts, tokenizer, windows=2, held_out=1, length=8)
+    bos = [tokenizer.bos_id] if tokenizer.adds_bos else []
+    rows = bos + tokenizer.encode("abcde") + bos + tokenizer.encode("fgh")
+    assert found.calibration[0].tolist() == rows[:8]
+    assert found.held_out.shape == (1, 8)
+    with pytest.raises(UserError, match="the text has 0 windows of 8 tokens"):
+        pieces(["abc"], tokenizer, windows=1, held_out=1, length=8)
+
+
+def test_windows_are_four_of_a_document_then_later_ones(tmp_path):
+    tokenizer = byte_tokenizer()
+    texts = ["".join(chr(97 + i) for i in range(24)) * 2, "z" * 16]
+    found = pieces(texts, tokenizer, windows=4, held_out=3, length=8)
+    bos = [tokenizer.bos_id] if tokenizer.adds_bos else []
+    one, other = bos + tokenizer.encode(texts[0]), bos + tokenizer.encode(texts[1])
+    cut = [one[i : i + 8] for i in range(0, 32, 8)]
+    assert found.calibration.tolist() == cut
+    assert found.held_out.tolist() == [other[:8], other[8:16], one[32:40]]
+
+
 def test_the_same_twice(tmp_path, text):
     dense_folder(tmp_path / "dense")
     settings = Settings(cache=30, experts=ExpertSplit(4, 2, 2), **QUICK)
@@ -151,6 +210,12 @@ def test_the_same_twice(tmp_path, text):
         (Settings(cache=30, experts=ExpertSplit(5, 2, 2), **QUICK), "do not divide intermediate_size 96"),
         (Settings(cache=30, **(QUICK | {"length": 400})), "max_position_embeddings 128"),
         (Settings(cache=30, **(QUICK | {"windows": 10000})), "expected at least 10002"),
+        (
+            Settings(cache=30, **(QUICK | {"windows": 1, "length": 30})),
+            "of 30 tokens are 30; a rank of 20 needs 40 at least",
+        ),
+        (Settings(error=0.01, **(QUICK | {"windows": 1, "length": 30})), "a rank of .* at least"),
+        (Settings(cache=30, seed=10**30, **QUICK), "seed: 1"),
     ],
 )
 def test_settings_that_cannot_be_are_refused_and_nothing_is_written(tmp_path, text, settings, said):
@@ -197,6 +262,36 @@ def test_other_architectures_are_refused(tmp_path, text):
     (tmp_path / "dense" / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="'gpt2' is not one of"):
         upcycle(tmp_path / "dense", tmp_path / "again", Settings(cache=30, **QUICK), calibration=text)
+
+
+def test_what_cannot_be_converted_is_said_before_any_work(tmp_path, text, monkeypatch):
+    model = dense_folder(tmp_path / "dense")
+
+    def refuse(said, **options):
+        with pytest.raises(UserError, match=said) as raised:
+            upcycle(
+                tmp_path / "dense",
+                options.pop("out", tmp_path / "out"),
+                Settings(cache=30),
+                calibration=text,
+                **options,
+            )
+        assert "\n" not in str(raised.value)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "text.txt"]
+
+    monkeypatch.setattr("abyssal.upcycling.conversion.Conversion.run", None)
+    refuse("in the model's own folder", out=tmp_path / "dense" / "out")
+    refuse("evaluate_limit: 0 is not valid", evaluate=text, evaluate_characters=0)
+    refuse("mps has no 64-bit", device="mps")
+    (tmp_path / "dense" / "chat_template.jinja").write_text("{% if %}")
+    refuse("chat template, line 1")
+    (tmp_path / "dense" / "chat_template.jinja").unlink()
+    with torch.no_grad():
+        model.model.layers[1].self_attn.k_proj.weight[3, 4] = float("nan")
+    model.save_pretrained(tmp_path / "dense")
+    refuse("model.layers.1.self_attn.k_proj.weight: it holds numbers that are not finite")
+    dense_folder(tmp_path / "dense", vocab_size=200, bos_token_id=1, eos_token_id=2)
+    refuse("its vocabulary of 258 is larger")
 
 
 def test_an_existing_folder_is_refused_before_any_work(tmp_path):

@@ -6,11 +6,12 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from abyssal.config import ModelConfig
+from abyssal.config import ModelConfig, RopeConfig
 from abyssal.model import Transformer
+from abyssal.model.rotary import inverse_frequencies
 from abyssal.upcycling.attention import latent_attention, separated, without_norm
 from abyssal.upcycling.calibration import Statistics, causal_context, statistics
-from abyssal.upcycling.latent import Spectrum, even_out, rank_for, root, spectrum
+from abyssal.upcycling.latent import even_out, rank_for, root, spectrum
 from abyssal.upcycling.rotary import rotary_theta, separate
 from abyssal.upcycling.settings import Settings, converted_config
 
@@ -188,11 +189,17 @@ def test_error_of_a_rank_is_that_of_its_factors():
         assert found.error(rank) == pytest.approx(math.sqrt(cost / whole), rel=1e-5)
 
 
-def test_smallest_rank_for_an_error():
-    def with_values(*values):
-        return Spectrum(torch.eye(3), torch.tensor(values, dtype=torch.float64), torch.eye(3), torch.eye(3))
+@pytest.mark.parametrize(("rotary", "size"), [(8, 16), (40, 64), (16, 16)])
+def test_the_new_rotary_table_holds_the_dense_ones_fastest_frequencies(rotary, size):
+    new = inverse_frequencies(
+        RopeConfig(theta=rotary_theta(THETA, size, rotary)), rotary, torch.float64, torch.device("cpu")
+    )
+    dense = THETA ** (-2 * torch.arange(size // 2, dtype=torch.float64) / size)
+    assert torch.allclose(new, dense[: rotary // 2])
 
-    one, two = with_values(2.0, 1.0, 0.0), with_values(1.0, 0.0, 0.0)
+
+def test_smallest_rank_for_an_error():
+    one, two = torch.tensor([2.0, 1.0, 0.0]), torch.tensor([1.0, 0.0, 0.0])
     # rank 1 leaves 1/√5 = .447 of the first and nothing of the second, .224 in the mean
     assert rank_for([one, two], 0.23) == 1
     assert rank_for([one, two], 0.22) == 2

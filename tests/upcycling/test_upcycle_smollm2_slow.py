@@ -51,5 +51,6 @@ def test_converted_model_says_the_same_here_and_in_transformers(tmp_path):
     with torch.no_grad():
         assert torch.allclose(model(ids), theirs(ids).logits, atol=1e-3)
     there = theirs.generate(ids, max_new_tokens=16, do_sample=False, eos_token_id=-1)[0, ids.shape[1] :]
-    here = abyssal.generate(model, tokenizer, prompt, max_new_tokens=16, temperature=0.0).ids
-    assert here == there.tolist()[: len(here)]
+    here = abyssal.generate(model, tokenizer, prompt, max_new_tokens=16, temperature=0.0)
+    assert here
+    assert tokenizer.decode(there.tolist()).startswith(here)

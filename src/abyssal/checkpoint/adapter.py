@@ -38,7 +38,8 @@ from abyssal.checkpoint.names import layer_of
 from abyssal.config import ModelConfig, published_model_type, read_config
 from abyssal.errors import UserError
 from abyssal.model import Transformer
-from abyssal.model.lora import Adapted, LowRank, add_change, attach, kind, low_ranks, matrices
+from abyssal.model.adapting import Adapted, add_change, attach, kind, low_ranks, matrices
+from abyssal.model.lora import LowRank
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
@@ -81,7 +82,7 @@ class Adapter:
         return found if isinstance(found, str) and found else None
 
     def changes(self, known: Mapping[str, tuple[int, ...]]) -> dict[str, LowRank]:
-        """What is added to which matrix. ``known`` are the base's (:func:`abyssal.model.lora.matrices`); a router's
+        """What is added to which matrix. ``known`` are the base's (:func:`abyssal.model.adapting.matrices`); a router's
         weight, which PEFT's all-linear adapts, is called ``….mlp.gate``. Raises UserError for what does not fit."""
         out, single = dict[str, LowRank](), dict[str, dict[tuple[int, str], LowRank]]()
         for name, (a, b) in self.tensors.items():

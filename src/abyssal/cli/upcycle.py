@@ -34,7 +34,7 @@ def upcycle_command(
     calibration: Annotated[
         str, typer.Option(metavar="FILE", help="Text to convert by: .txt, .jsonl, .parquet, a folder, a built-in one.")
     ] = "tinyshakespeare",
-    windows: Annotated[int, typer.Option(help="Windows of that text to convert by.")] = 48,
+    windows: Annotated[int, typer.Option(help="Windows of that text to convert by.")] = 128,
     length: Annotated[int, typer.Option(help="Tokens of a window.")] = 512,
     fit: Annotated[int, typer.Option(help="Steps that each layer is fitted for; 0: not at all.")] = 100,
     evaluate: Annotated[
@@ -55,10 +55,14 @@ def upcycle_command(
     split = None
     if experts is not None:
         chosen = active if active is not None else (experts + shared) // 2 - shared
+        if active is None and chosen < 1:
+            raise UserError(
+                f"--shared: {shared} of {experts + shared} experts are half of the FFN already; give --active"
+            )
         split = ExpertSplit(experts, chosen, shared)
     elif active is not None or shared:
         raise UserError("--active and --shared: they belong to --experts; give it too")
-    written = parse_dtype(dtype, "--dtype")
+    written = parse_dtype(dtype, "--dtype") if dtype in ("bf16", "fp32", "fp16") else None
     if written is None:
         raise UserError(f"--dtype: {dtype!r} is not one of bf16, fp32, fp16")
     settings = Settings(
@@ -78,7 +82,7 @@ def upcycle_command(
         )
     _show(report)
     say(f"written to {folder}, with upcycle.json and upcycle.md")
-    if report.cached_after == report.cached_before:
+    if not settings.latent:
         say(
             "transformers has no code for experts beside grouped-query attention (DeepSeekMoE-16B's layout): there it "
             "needs DeepSeek's remote code; vLLM and abyssal read it as it is"
@@ -87,12 +91,19 @@ def upcycle_command(
 
 @contextmanager
 def _progress() -> Iterator[Watcher]:
-    """A live line on stderr where that is a terminal."""
+    """On stderr: a live line in a terminal, in a log a line for every fifth of what there is to do."""
     from rich.console import Console
 
     console = Console(stderr=True, highlight=False)
     if not console.is_terminal:
-        yield lambda what, done, of: None
+        said: set[tuple[str, int]] = set()
+
+        def line(what: str, done: int, of: int) -> None:
+            if (fifth := (what, 5 * done // of)) not in said:
+                said.add(fifth)
+                console.print(f"{what}: {done} of {of}", markup=False)
+
+        yield line
         return
     with console.status("reading the model") as status:
         yield lambda what, done, of: status.update(f"{what}: {done} of {of}")

@@ -25,7 +25,7 @@ from abyssal.data.tokenizer import Tokenizer
 from abyssal.errors import UserError
 from abyssal.loading import find, find_config, find_tokenizer, load
 from abyssal.model import Transformer
-from abyssal.model.lora import Adapted, add_lora, check_lora
+from abyssal.model.adapting import Adapted, add_lora, check_lora
 from abyssal.model.partial import train_experts
 from abyssal.training.evaluate import HeldOut
 from abyssal.training.hardware import check_compiler, resolve_device

@@ -45,8 +45,7 @@ def latent_attention(
     assert isinstance(mha, MHAConfig)
     assert isinstance(mla, MLAConfig)
     group, size = mha.num_attention_heads // mha.num_key_value_heads, mha.head_dim
-    rows = x[: len(stats.received)].flatten(0, 1)
-    kv_a, kv_b = even_out(*found.cut(mla.kv_lora_rank), rows, stats.received.flatten())
+    kv_a, kv_b = even_out(*found.cut(mla.kv_lora_rank), x.flatten(0, 1), stats.received.flatten())
     keys, values = kv_b.unflatten(0, (2, mha.num_key_value_heads, size)).repeat_interleave(group, dim=1)
     scale = math.sqrt(mla.qk_head_dim / size)
     with torch.device("meta"):

@@ -22,7 +22,6 @@ from abyssal.model.attention import Context, MultiHeadAttention
 from abyssal.model.rotary import rotary_tables
 
 _PER_DOCUMENT = 4  # windows of one document at first, so that a few long books are not all there is
-_STATISTICS = 16  # windows whose attention probabilities are looked at
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,8 @@ class Pieces:
 
 
 def pieces(texts: Iterable[str], tokenizer: Tokenizer, *, windows: int, held_out: int, length: int) -> Pieces:
-    """The first ``windows`` + ``held_out`` windows of ``length`` tokens of ``texts``, four of a document at most.
+    """The first ``windows`` + ``held_out`` windows of ``length`` tokens of ``texts``, four of a document at most;
+    documents shorter than a window are joined.
 
     BOS stands before a document where the tokenizer puts it there. Where that does not give enough, the documents'
     later windows follow. Raises UserError for text that is too short.
@@ -43,12 +43,14 @@ def pieces(texts: Iterable[str], tokenizer: Tokenizer, *, windows: int, held_out
     wanted = windows + held_out
     first: list[list[int]] = []
     later: list[list[int]] = []
+    short: list[int] = []
     for text in texts:
-        ids = list(bos)
+        ids = short + bos
         for piece in tokenizer.pieces(text):
             ids += tokenizer.encode(piece)
             if len(ids) >= wanted * length:
                 break
+        short = ids if len(ids) < length else []
         cut = [ids[start : start + length] for start in range(0, len(ids) - length + 1, length)]
         first += cut[:_PER_DOCUMENT]
         if len(later) < wanted:
@@ -76,7 +78,7 @@ class Statistics:
     spread: Tensor
     """[H]: E Σ_n p_n |W^O (v_n − o)|², by which an error in a head's scores becomes an error in its output."""
     received: Tensor
-    """[m, T]: the attention that each token of the first m windows receives, summed over heads and queries."""
+    """[n, T]: the attention that each token receives, summed over heads and queries."""
 
 
 def causal_context(theta: float, rotary_dim: int, length: int, device: torch.device) -> Context:
@@ -100,12 +102,11 @@ def statistics(attention: MultiHeadAttention, x: Tensor, context: Context) -> St
     moments_o = torch.einsum("Dhd,Dhe->hde", w_o, w_o)
     distances = torch.zeros(heads, length, dtype=torch.float64, device=x.device)
     spread = torch.zeros(heads, dtype=torch.float64, device=x.device)
-    chosen = x[:_STATISTICS]
-    received = torch.zeros(chosen.shape[:2], dtype=torch.float64, device=x.device)
+    received = torch.zeros(x.shape[:2], dtype=torch.float64, device=x.device)
     hidden = torch.ones(length, length, dtype=torch.bool, device=x.device).triu(1)
     back = torch.arange(length, device=x.device)
     back = (back.unsqueeze(1) - back).clamp_min(0).flatten()
-    for index, window in enumerate(chosen):
+    for index, window in enumerate(x):
         q, k, v = (
             projection(window.unsqueeze(0)).unflatten(-1, (-1, size))
             for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
@@ -126,4 +127,4 @@ def statistics(attention: MultiHeadAttention, x: Tensor, context: Context) -> St
     nearest = torch.zeros_like(distances)
     nearest[:, 0] = 1
     distances = torch.where(total > 0, distances / total.clamp_min(1e-12), nearest)
-    return Statistics(moment / len(flat), distances, spread / len(chosen), received)
+    return Statistics(moment / len(flat), distances, spread / len(x), received)

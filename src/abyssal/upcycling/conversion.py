@@ -14,20 +14,21 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from abyssal.analysis.parameters import count_parameters
 from abyssal.checkpoint.atomic import replace_folder
-from abyssal.checkpoint.export import check_target, write_json
+from abyssal.checkpoint.export import check_space, check_target, write_json
 from abyssal.config import ModelConfig
 from abyssal.data.corpus import documents
+from abyssal.errors import UserError
 from abyssal.evaluation import perplexity
 from abyssal.exporting import export
 from abyssal.model import Transformer
-from abyssal.model.attention import LatentAttention, MultiHeadAttention
+from abyssal.model.attention import Context, LatentAttention, MultiHeadAttention
 from abyssal.model.layers import MLP
 from abyssal.model.moe import MoE
 from abyssal.training.hardware import autocast, has_bfloat16
@@ -39,7 +40,9 @@ from abyssal.upcycling.fit import cosine, fit, outputs
 from abyssal.upcycling.latent import Spectrum, rank_for
 from abyssal.upcycling.report import LayerFigures, Report
 from abyssal.upcycling.rotary import Separated, rotary_theta
-from abyssal.upcycling.settings import Settings, check_sizes, converted_config, rotary_dims
+from abyssal.upcycling.settings import Settings, check_sizes, check_text, converted_config, rotary_dims
+
+M = TypeVar("M", bound=nn.Module)
 
 Watcher = Callable[[str, int, int], None]
 """Told what is being done, how much of it is done, and how much there is."""
@@ -73,16 +76,23 @@ def upcycle(
     deepseek's (DeepSeekMoE-16B), the only layout with experts beside grouped-query attention.
 
     Raises UserError before any work where ``folder`` exists or the settings make no sense, and where the source is no
-    dense Llama, a size does not fit it, or the text is too short.
+    dense Llama, a size does not fit it, the text is too short, or the disk too full.
     """
     started = time.monotonic()
-    folder = Path(folder).absolute()
+    folder, device = Path(folder).absolute(), torch.device(device)
     check_target(folder)
+    if folder.is_relative_to(Path(source).absolute()):
+        raise UserError(f"{folder}: it lies in the model's own folder; expected a place outside it")
     settings.check()
+    if evaluate_characters < 1:
+        raise UserError(f"evaluate_limit: {evaluate_characters} is not valid; expected a whole number from 1")
+    if device.type == "mps":
+        raise UserError("device: mps has no 64-bit floating point, which the factorisation needs; expected cpu or cuda")
     texts = documents(calibration)  # a missing file is said before the model is read
     judged = documents(evaluate) if evaluate is not None else None
     dense = read_dense(source)
     check_sizes(dense.model.config, settings)
+    check_space(folder, sum(p.numel() for p in dense.model.parameters()) * dtype.itemsize)
     dense.model.to(device)
     text = pieces(texts, dense.tokenizer, windows=settings.windows, held_out=settings.held_out, length=settings.length)
     if judged is not None:
@@ -91,6 +101,12 @@ def upcycle(
         held = [dense.tokenizer.decode(row) for row in text.held_out.tolist()]
     conversion = Conversion(dense, settings, text, watch or (lambda what, done, of: None))
     report = conversion.run(held)
+    report.settings |= {
+        "calibration": str(calibration),
+        "evaluate": str(evaluate) if evaluate is not None else None,
+        "evaluate_limit": evaluate_characters,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
     report.seconds = time.monotonic() - started
     write(conversion.new, dense, report, folder, dtype)
     return report
@@ -127,7 +143,7 @@ class Conversion:
         self.new_config = converted_config(self.config, self.settings, rank, self.rotary, self.theta)
         before, after = count_parameters(self.config), count_parameters(self.new_config)
         report = Report(
-            source=Path(self.dense.source).name,
+            source=Path(self.dense.source).absolute().name,
             settings={**asdict(self.settings), "rotary": self.rotary or None, "kv_lora_rank": rank or None},
             cached_before=self.config.attention.cached_values,
             cached_after=self.new_config.attention.cached_values,
@@ -140,9 +156,7 @@ class Conversion:
         return report
 
     @torch.no_grad()
-    def _layers(
-        self, what: str, *, attention_only: bool = False
-    ) -> Iterator[tuple[int, Tensor, Tensor, Tensor, Tensor]]:
+    def _layers(self, what: str) -> Iterator[tuple[int, Tensor, Tensor, Tensor, Tensor]]:
         """Layer by layer, the dense model's attention input and output, feed-forward input and output, [n, T, D]."""
         blocks, batch = self.dense.model.blocks, self.settings.batch
         h = self.dense.model.model.embed_tokens(self.tokens).float()
@@ -158,7 +172,7 @@ class Conversion:
             h += f
         self.watch(what, len(blocks), len(blocks))
 
-    def _context(self, config: ModelConfig) -> Any:
+    def _context(self, config: ModelConfig) -> Context:
         return causal_context(config.rope.theta, config.attention.rotary_dim, self.tokens.shape[1], self.device)
 
     def _rank(self) -> int:
@@ -169,8 +183,10 @@ class Conversion:
         spectra = []
         for layer, x, *_ in self._layers("looking at keys and values"):
             _, _, found = self._separated(layer, x)
-            spectra.append(found)
-        return rank_for(spectra, s.error)
+            spectra.append(found.values)
+        rank = rank_for(spectra, s.error)
+        check_text(s, rank)
+        return rank
 
     def _separated(self, layer: int, x: Tensor) -> tuple[Statistics, Separated, Spectrum]:
         dense = self.dense.model.blocks[layer].self_attn
@@ -199,9 +215,7 @@ class Conversion:
         if self.settings.fit:
             stages["fitted"] = copy.deepcopy(new)
             self._fit(stages["fitted"], partial(stages["fitted"], context=context), x, y, ATTENTION_RATE)
-        for stage, module in stages.items():
-            figures.attention[stage] = self._likeness(partial(module, context=context), x, y)
-            self.attention.setdefault(stage, []).append(module)
+        self._judge(stages, figures.attention, self.attention, partial(_attended, context), x, y)
 
     def _convert_feed_forward(self, figures: LayerFigures, z: Tensor, f: Tensor) -> None:
         dense, moe = self.dense.model.blocks[figures.layer].mlp, self.new_config.moe
@@ -221,9 +235,7 @@ class Conversion:
         if self.settings.fit:
             stages["fitted"] = copy.deepcopy(new)
             self._fit(stages["fitted"], partial(_routed, stages["fitted"]), z, f, FEED_FORWARD_RATE)
-        for stage, module in stages.items():
-            figures.feed_forward[stage] = self._likeness(partial(_routed, module), z, f)
-            self.feed_forward.setdefault(stage, []).append(module)
+        self._judge(stages, figures.feed_forward, self.feed_forward, _routed, z, f)
         last, judged = list(stages.values())[-1], z[self.calibrating :].flatten(0, 1)
         found = splitting.router_figures(last, splitting.energies(last, judged), judged)
         figures.caught, figures.caught_at_best, figures.load_cv = found.caught, found.best, found.load_cv
@@ -242,9 +254,24 @@ class Conversion:
             generator=self.generator,
         )
 
-    def _likeness(self, forward: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> float:
-        n = self.calibrating
-        return cosine(outputs(forward, x[n:], batch=self.settings.batch, dtype=self.dtype), y[n:])
+    def _judge(
+        self,
+        stages: dict[str, M],
+        figures: dict[str, float],
+        kept: dict[str, list[nn.Module]],
+        forward: Callable[[M, Tensor], Tensor],
+        x: Tensor,
+        y: Tensor,
+    ) -> None:
+        """Each stage's cosine with ``y`` on the held-out windows. A fit that did not help there is not taken."""
+        n, before = self.calibrating, ""
+        for stage, module in stages.items():
+            out = outputs(partial(forward, module), x[n:], batch=self.settings.batch, dtype=self.dtype)
+            figures[stage] = cosine(out, y[n:])
+            if stage == "fitted" and figures[stage] < figures[before]:
+                figures[stage], stages[stage] = figures[before], stages[before]
+            kept.setdefault(stage, []).append(stages[stage])
+            before = stage
 
     def _measure(self, report: Report, held: Sequence[str]) -> None:
         stages: list[tuple[str, str | None, str | None]] = [("dense", None, None)]
@@ -275,6 +302,11 @@ class Conversion:
             block.self_attn = self.attention[attention][i] if attention is not None else dense.self_attn
             block.mlp = self.feed_forward[feed_forward][i] if feed_forward is not None else dense.mlp  # type: ignore[assignment]
         return new.eval()
+
+
+def _attended(context: Context, layer: LatentAttention, x: Tensor) -> Tensor:
+    out: Tensor = layer(x, context)
+    return out
 
 
 def _routed(layer: MoE, x: Tensor) -> Tensor:

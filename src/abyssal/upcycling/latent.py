@@ -20,7 +20,8 @@ the layer. So from there G is taken to the least
 
 with w half the same for all tokens and half the attention that a token receives, by L-BFGS. A few dozen steps bring
 the first term so near to 0 that the norm costs next to nothing (docs/upcycling.md). The second keeps G near the
-whitening G₀: without it the basis is conditioned by 10³ to 10⁴, of no use in BF16, with it by 10 to 50.
+whitening G₀ (whose least variances are lifted): otherwise lengths are even on these tokens alone, other text goes
+astray, and the basis is conditioned by 10³ to 10⁴, of no use in BF16.
 
 Shapes: D hidden, H query heads, G key/value heads, d head size, C latent, N tokens.
 """
@@ -35,7 +36,9 @@ from torch import Tensor
 from abyssal.upcycling.calibration import Statistics
 from abyssal.upcycling.rotary import Separated
 
-_NEAR = 0.01  # μ; .001 is not enough, and lengths are as even with .01
+_NEAR = 0.03  # μ
+_FLOOR = 0.01  # of the largest variance: directions that the text hardly shows are not blown up, others may show them
+_ROWS = 8192  # tokens whose lengths are evened out
 _STEPS = 40  # of L-BFGS; 15 leave lengths with a deviation of .06 to .2, 40 of .02 to .08
 
 
@@ -52,8 +55,7 @@ class Spectrum:
 
     def error(self, rank: int) -> float:
         """The relative error of the factorisation at ``rank``."""
-        energy = self.values.square()
-        return float((energy[rank:].sum() / energy.sum()).sqrt())
+        return relative_error(self.values, rank)
 
     def cut(self, rank: int) -> tuple[Tensor, Tensor]:
         """kv_a [C, D] and kv_b [2·G·d, C] at ``rank``."""
@@ -69,20 +71,29 @@ def spectrum(parts: Separated, w_v: Tensor, w_o: Tensor, stats: Statistics, key_
     queries = torch.einsum("hdD,DE,heE->hde", q, stats.moment, q) * (stats.spread / size * key_weight).view(-1, 1, 1)
     outputs = torch.einsum("Dhd,Dhe->hde", w_o.double(), w_o.double())
     costs = [cost for part in (queries, outputs) for cost in part.view(groups, heads // groups, size, size).sum(1)]
-    roots = [root(cost) for cost in costs]
+    # One floor for all: a head that nothing looks at has costs of 0, and a floor of its own would be 0 too.
+    largest = max(float(torch.linalg.eigvalsh(cost)[-1]) for cost in costs)
+    roots = [root(cost, of=largest) for cost in costs]
     weigh, unweigh = (torch.block_diag(*(pair[i] for pair in roots)) for i in (0, 1))
     weighted = weigh @ torch.cat((parts.k_nope.flatten(0, 1), w_v.double().flatten(0, 1)))
     left, values, _ = torch.linalg.svd(weighted @ root(stats.moment)[0], full_matrices=False)
     return Spectrum(left, values, weighted, unweigh)
 
 
-def rank_for(spectra: list[Spectrum], error: float) -> int:
-    """The smallest rank at which the mean of the layers' relative errors is at most ``error``."""
-    longest = max(len(one.values) for one in spectra)
+def relative_error(values: Tensor, rank: int) -> float:
+    """The error that is left of singular ``values`` [r] where the first ``rank`` are kept, relative to all."""
+    energy = values.square()
+    return float((energy[rank:].sum() / energy.sum()).sqrt())
+
+
+def rank_for(spectra: list[Tensor], error: float) -> int:
+    """The smallest rank at which the mean of the relative errors of the layers' singular values, [r] each, is at most
+    ``error``."""
+    longest = max(map(len, spectra))
     low, high = 1, longest
     while low < high:
         middle = (low + high) // 2
-        if sum(one.error(middle) for one in spectra) / len(spectra) <= error:
+        if sum(relative_error(values, middle) for values in spectra) / len(spectra) <= error:
             high = middle
         else:
             low = middle + 1
@@ -92,9 +103,13 @@ def rank_for(spectra: list[Spectrum], error: float) -> int:
 def even_out(kv_a: Tensor, kv_b: Tensor, x: Tensor, received: Tensor) -> tuple[Tensor, Tensor]:
     """``kv_a`` [C, D] and ``kv_b`` [., C] in the basis in which the latents of ``x`` [N, D] are all about √C long;
     ``received`` [N] is the attention that rests on each of the tokens."""
-    latent = x.double() @ kv_a.T
-    size = latent.shape[1]
-    white = root(latent.T @ latent / len(latent), floor=1e-12)[1]
+    size = len(kv_a)
+    # All tokens that attention rests on, which are few and unlike the others, and some of the others.
+    most = received.topk(min(_ROWS // 8, len(x))).indices
+    some = torch.arange(0, len(x), max(len(x) // (_ROWS - len(most)), 1), device=x.device)
+    chosen = torch.cat((most, some))
+    latent, received = x[chosen].double() @ kv_a.T, received[chosen]
+    white = root(latent.T @ latent / len(latent), floor=_FLOOR)[1]
     rows = (latent @ white).float()
     weights = (0.5 / len(rows) + 0.5 * received / received.sum()).to(rows)
     unchanged = torch.eye(size, device=x.device)
@@ -114,9 +129,9 @@ def even_out(kv_a: Tensor, kv_b: Tensor, x: Tensor, received: Tensor) -> tuple[T
     return found @ kv_a, kv_b @ torch.linalg.inv(found)
 
 
-def root(matrix: Tensor, floor: float = 1e-8) -> tuple[Tensor, Tensor]:
+def root(matrix: Tensor, floor: float = 1e-8, of: float | None = None) -> tuple[Tensor, Tensor]:
     """The square root of a symmetric positive semidefinite matrix and its inverse; eigenvalues below ``floor`` times
-    the largest are taken to be that."""
+    ``of``, by default the largest, are taken to be that."""
     values, vectors = torch.linalg.eigh(matrix)
-    values = values.clamp_min(max(floor * float(values[-1]), 1e-300))
+    values = values.clamp_min(max(floor * (float(values[-1]) if of is None else of), 1e-30))
     return (vectors * values.sqrt()) @ vectors.T, (vectors / values.sqrt()) @ vectors.T

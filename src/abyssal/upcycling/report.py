@@ -68,7 +68,7 @@ class Report:
     def summary(self) -> list[str]:
         """The figures of the whole model, a line each."""
         lines = []
-        if self.cached_after != self.cached_before:
+        if self.settings.get("kv_lora_rank") is not None:
             lines.append(f"cached values a token and layer: {self.cached_before} before, {self.cached_after} now")
         lines.append(
             f"parameters: {self.parameters_before:,} before, {self.parameters_after:,} now, "
@@ -84,7 +84,9 @@ class Report:
     def markdown(self) -> str:
         """The report as a page."""
         columns = self.columns()
-        lines = [f"# {self.source}, converted", "", *(f"- {line}" for line in self.summary()), ""]
+        lines = [f"# {self.source}, converted", "", *(f"- {line}" for line in self.summary())]
+        asked = (f"{name} {value}" for name, value in self.settings.items() if value is not None)
+        lines += [f"- settings: {', '.join(asked)}", ""]
         lines += ["Cosine between the dense layer's output and the new one's, layer by layer:", ""]
         lines += [f"| {' | '.join(columns)} |", f"|{' ---: |' * len(columns)}"]
         lines += [f"| {' | '.join(row)} |" for row in self.rows()]

@@ -65,7 +65,8 @@ def separate(w_q: Tensor, w_k: Tensor, stats: Statistics, theta: float, rotary: 
     q, k = _complex(w_q.detach().double()), _complex(w_k.detach().double())
     moment = stats.moment.to(torch.complex128)
     energy = torch.einsum("hpD,DE,hpE->hp", q, moment, q.conj()).real * stats.spread.unsqueeze(1)
-    s = energy.view(groups, -1, pairs).sum(1).clamp_min(1e-30).sqrt()  # S^½, [G, P]
+    s = energy.view(groups, -1, pairs).sum(1)
+    s = s.clamp_min(max(1e-12 * float(s.max()), 1e-30)).sqrt()  # S^½, [G, P]; heads that nothing looks at are not 0
     k_rope, q_rope, rest = [], [], k.clone()
     held = total = 0.0
     for pair in range(rotary // 2):

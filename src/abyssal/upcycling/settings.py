@@ -26,7 +26,7 @@ class Settings:
     error: float | None = None
     rotary: int | None = None
     experts: ExpertSplit | None = None
-    windows: int = 48
+    windows: int = 128
     held_out: int = 8
     length: int = 512
     fit: int = 100
@@ -54,6 +54,8 @@ class Settings:
         for name, least in lowest.items():
             if getattr(self, name) < least:
                 raise UserError(f"{name}: {getattr(self, name)} is not valid; expected a whole number from {least}")
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"seed: {self.seed} is not valid; expected a whole number from 0 to 2^63 - 1")
 
 
 def rotary_dims(attention: MHAConfig, settings: Settings) -> int:
@@ -92,6 +94,17 @@ def check_sizes(config: ModelConfig, settings: Settings) -> None:
         raise UserError(
             f"cache: {settings.cache} values with {rotary} for rotary positions make a rank of {rank}; keys and values "
             f"together have a rank of {largest} at most, so expected {rotary + 1} to {rotary + largest}"
+        )
+    check_text(settings, rank)
+
+
+def check_text(settings: Settings, rank: int) -> None:
+    """Raises UserError where the calibration text cannot show what the latents of so high a ``rank`` are."""
+    tokens = settings.windows * settings.length
+    if tokens < 2 * rank:
+        raise UserError(
+            f"windows: {settings.windows} of {settings.length} tokens are {tokens}; a rank of {rank} needs {2 * rank} "
+            "at least"
         )
 
 

@@ -1,0 +1,222 @@
+"""A dense model converted in several ways, and each healed by training on text: perplexity against tokens seen.
+
+    python benchmarks/upcycling.py convert SRC FOLDER --calibration TEXT --evaluate TEXT [--only mla256 …]
+    python benchmarks/upcycling.py heal FOLDER --text TEXT --evaluate TEXT TEXT … [--tokens 300000] [--only mla256 …]
+    python benchmarks/upcycling.py show FOLDER [--svg FILE]
+
+``convert`` is an ``abyssal upcycle`` for each way (and for ``dense`` a copy, to be trained on as the others are),
+``heal`` an ``abyssal tune`` (method full) on the first records of ``--text``. Perplexity is that of 100,000 characters
+of a text in windows of 1,024 tokens side by side: before, after each stage (what upcycle.json has) and after every
+checkpoint of the healing, here of every text given with ``--evaluate``. Then the healed model is exported and continues
+three prompts greedily here and in transformers, in FP32. ``show`` has tables and the curve (drawn by Plotly, in a
+browser that Playwright starts).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from machine import markdown
+
+import abyssal
+from abyssal.data.corpus import documents
+from abyssal.evaluation import perplexity
+from abyssal.training.hardware import autocast, has_bfloat16
+from abyssal.upcycling import read_dense
+
+WAYS: dict[str, list[str]] = {
+    "dense": [],
+    "mla256": ["--cache", "256"],
+    "mla192": ["--cache", "192"],
+    "mla128": ["--cache", "128"],
+    "mla96": ["--cache", "96"],
+    "mla256moe": ["--cache", "256", "--experts", "18", "--active", "6", "--shared", "6"],
+}
+NAMES = {way: f"MLA, {way[3:]} values" for way in WAYS} | {
+    "dense": "dense, trained on",
+    "mla256moe": "MLA, 256 values, and MoE",
+}
+PROMPTS = ("The deep sea begins where", "Once upon a time there was a king who", "Question: What is a whale?\nAnswer:")
+CONTEXT, CHARACTERS, BATCH = 1024, 100_000, 2
+
+
+def convert(options: argparse.Namespace) -> None:
+    options.folder.mkdir(parents=True, exist_ok=True)
+    for way in options.only:
+        if way == "dense":
+            dense = read_dense(options.source)
+            abyssal.export(dense.model, options.folder / way, tokenizer=dense.tokenizer)
+            continue
+        program = [sys.executable, "-m", "abyssal", "upcycle", options.source, str(options.folder / way), *WAYS[way]]
+        subprocess.run([*program, "--calibration", options.calibration, "--evaluate", options.evaluate], check=True)
+
+
+def measured(folder: Path, texts: list[str]) -> list[float]:
+    """The perplexity of what is in ``folder`` on each of ``texts``, as upcycle measures it."""
+    model, tokenizer = abyssal.load(folder)
+    model.float()
+    device = torch.device("cpu")
+    with autocast(device, torch.bfloat16 if has_bfloat16(device) else torch.float32):
+        found = [perplexity(model, tokenizer, [t], context=CONTEXT, stride=CONTEXT, batch_size=4) for t in texts]
+    return [one.perplexity for one in found]
+
+
+def same_text(folder: Path) -> int:
+    """How many of the prompts transformers continues as abyssal does, 48 tokens each."""
+    import transformers
+
+    model, tokenizer = abyssal.load(folder, dtype=torch.float32)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    same = 0
+    for prompt in PROMPTS:
+        ids = torch.tensor([tokenizer.encode(prompt)])
+        there = theirs.generate(ids, max_new_tokens=48, do_sample=False, eos_token_id=-1)[0, ids.shape[1] :].tolist()
+        here = abyssal.generate(model, tokenizer, prompt, max_new_tokens=48, temperature=0.0)  # it ends at an EOS
+        agrees = bool(here) and tokenizer.decode(there).startswith(here)
+        print(json.dumps({"prompt": prompt, "text": here, "same": agrees}))
+        same += agrees
+    return same
+
+
+def beginning(file: str) -> str:
+    """The first characters of ``file``, of as many documents as that takes."""
+    parts, size = [], 0
+    for text in documents(file):
+        parts.append(text[: CHARACTERS - size])
+        size += len(parts[-1])
+        if size >= CHARACTERS:
+            break
+    return "\n\n".join(parts)
+
+
+def heal(options: argparse.Namespace) -> None:
+    texts = [beginning(file) for file in options.evaluate]
+    steps = options.tokens // (BATCH * CONTEXT)
+    every = max(steps // options.points, 1)
+    for way in options.only:
+        run, out = options.folder / f"{way}-healed", options.folder / f"{way}-exported"
+        settings = {
+            "method": "full",
+            "optimizer.lr": options.lr,
+            "data.limit": options.records,
+            "data.validation": options.evaluate[0],
+            "training.steps": steps,
+            "training.batch_size": BATCH,
+            "training.sequence_length": CONTEXT,
+            "validation.every": steps,
+            "validation.batches": 1,
+            "checkpoint.every": every,
+            "checkpoint.keep": options.points + 1,
+        }
+        started = time.perf_counter()
+        program = [sys.executable, "-m", "abyssal", "tune"]
+        what = [str(options.folder / way), options.text, *(f"{k}={v}" for k, v in settings.items()), "--out", str(run)]
+        if (run / "checkpoints").exists():  # it was interrupted
+            what = ["--resume", str(run)]
+        subprocess.run([*program, *what], check=True)
+        seconds = time.perf_counter() - started
+        curve = [[0, *measured(options.folder / way, texts)]]
+        for checkpoint in sorted((run / "checkpoints").iterdir()):
+            step = int(checkpoint.name.removeprefix("step-"))
+            if step % every == 0:
+                curve.append([step * BATCH * CONTEXT, *measured(checkpoint, texts)])
+                print(way, *curve[-1], flush=True)
+        subprocess.run([sys.executable, "-m", "abyssal", "export", str(run), str(out), "--dtype", "fp32"], check=True)
+        found = {"texts": options.evaluate, "curve": curve, "seconds": seconds, "lr": options.lr}
+        if way != "dense":
+            found["same_text"] = same_text(out)
+        (options.folder / f"{way}.json").write_text(json.dumps(found, indent=2))
+        shutil.rmtree(run / "checkpoints")
+
+
+def show(options: argparse.Namespace) -> None:
+    layers, stages, healed = [], [], []
+    curves: dict[str, list[list[float]]] = {}
+    for way in options.only:
+        if (file := options.folder / f"{way}.json").exists():
+            after: dict[str, Any] = json.loads(file.read_text())
+            curves[way] = after["curve"]
+            for which, text in enumerate(after["texts"], 1):
+                healed.append([NAMES[way], Path(text).name, *(f"{point[which]:.2f}" for point in after["curve"])])
+        if not (options.folder / way / "upcycle.json").exists():
+            continue
+        report = json.loads((options.folder / way / "upcycle.json").read_text())
+        figures = report["perplexity"]
+        for part, what in (("attention", "attention"), ("feed_forward", "FFN")):
+            for stage in report["layers"][0][part]:
+                of = [one[part][stage] for one in report["layers"]]
+                layers.append([NAMES[way], f"{what}, {stage}", f"{min(of):.4f}", f"{sum(of) / len(of):.4f}"])
+        several = ("dense", "factorised", "norm in", "fitted", "experts routed", "experts fitted")
+        stages.append([NAMES[way], *(f"{figures[s]:.2f}" if s in figures else "–" for s in several)])
+    print(markdown(stages, "", "dense", "factorised", "norm in", "fitted", "experts routed", "experts fitted"))
+    print("\n" + markdown(layers, "", "cosine with the dense layer's output", "least", "mean"))
+    if curves:
+        heads = (f"{point[0] / 1000:,.0f}k" for point in next(iter(curves.values())))
+        print("\n" + markdown(healed, "", "text", *heads))
+    if options.svg:
+        options.svg.write_text(drawn(curves), encoding="utf-8")
+
+
+def drawn(curves: dict[str, list[list[float]]]) -> str:
+    """The curves on the first text as an SVG."""
+    import urllib.parse
+
+    import plotly.graph_objects as go
+    from playwright.sync_api import sync_playwright
+
+    figure = go.Figure()
+    for way, curve in curves.items():
+        x, y = [point[0] / 1000 for point in curve], [point[1] for point in curve]
+        line = {"dash": "dot"} if way == "dense" else {}
+        figure.add_scatter(x=x, y=y, mode="lines+markers", name=NAMES[way], line=line)
+    size = {"width": 860, "height": 420}
+    titles = {"xaxis_title": "thousand tokens of healing", "yaxis_title": "perplexity"}
+    figure.update_layout(template="plotly_white", margin={"l": 60, "r": 20, "t": 20, "b": 50}, **size, **titles)
+    figure.update_yaxes(type="log", dtick="D1")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch()
+        page = browser.new_page()
+        page.set_content(figure.to_html(include_plotlyjs=True, div_id="curve"))
+        url: str = page.evaluate("size => Plotly.toImage('curve', {format: 'svg', ...size})", size)
+        browser.close()
+    return urllib.parse.unquote(url.split(",", 1)[1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(required=True)
+    one = commands.add_parser("convert")
+    one.add_argument("source")
+    one.add_argument("folder", type=Path)
+    one.add_argument("--calibration", required=True)
+    one.add_argument("--evaluate", required=True)
+    one.set_defaults(call=convert)
+    two = commands.add_parser("heal")
+    two.add_argument("folder", type=Path)
+    two.add_argument("--text", required=True)
+    two.add_argument("--evaluate", required=True, nargs="+")
+    two.add_argument("--tokens", type=int, default=300_000)
+    two.add_argument("--records", type=int, default=60, help="records (books) of the text to take")
+    two.add_argument("--lr", type=float, default=5e-5)
+    two.add_argument("--points", type=int, default=5, help="checkpoints to measure")
+    two.set_defaults(call=heal)
+    three = commands.add_parser("show")
+    three.add_argument("folder", type=Path)
+    three.add_argument("--svg", type=Path)
+    three.set_defaults(call=show)
+    for command in (one, two, three):
+        command.add_argument("--only", nargs="+", default=list(WAYS), choices=list(WAYS))
+    options = parser.parse_args()
+    options.call(options)
+
+
+if __name__ == "__main__":
+    main()
