@@ -2,13 +2,15 @@
 
     python benchmarks/upcycling.py convert SRC FOLDER --calibration TEXT --evaluate TEXT [--only mla256 …]
     python benchmarks/upcycling.py heal FOLDER --text TEXT --evaluate TEXT TEXT … [--tokens 300000] [--only mla256 …]
-    python benchmarks/upcycling.py show FOLDER [--svg FILE]
+    python benchmarks/upcycling.py collect FOLDER FILE
+    python benchmarks/upcycling.py show FILE [--svg FOLDER]
 
 ``convert`` is an ``abyssal upcycle`` for each way (and for ``dense`` a copy, to be trained on as the others are),
 ``heal`` an ``abyssal tune`` (method full) on the first records of ``--text``. Perplexity is that of 100,000 characters
 of a text in windows of 1,024 tokens side by side: before, after each stage (what upcycle.json has) and after every
 checkpoint of the healing, here of every text given with ``--evaluate``. Then the healed model is exported and continues
-three prompts greedily here and in transformers, in FP32. ``show`` has tables and the curve (drawn by Plotly, in a
+three prompts greedily here and in transformers, in FP32. ``collect`` keeps the figures in a JSON file (those of
+docs/upcycling.md are in docs/figures/upcycling.json), ``show`` makes tables and charts of them (drawn by Plotly, in a
 browser that Playwright starts).
 """
 
@@ -21,7 +23,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 from machine import markdown
@@ -137,52 +138,79 @@ def heal(options: argparse.Namespace) -> None:
         shutil.rmtree(run / "checkpoints")
 
 
-def show(options: argparse.Namespace) -> None:
-    layers, stages, healed = [], [], []
-    curves: dict[str, list[list[float]]] = {}
+def collect(options: argparse.Namespace) -> None:
+    """Adds what is in FOLDER to FILE: a way's conversion, and its healing once that is done."""
+    found = json.loads(options.file.read_text()) if options.file.exists() else {}
     for way in options.only:
+        own = found.setdefault(way, {})
+        if (file := options.folder / way / "upcycle.json").exists():
+            report = json.loads(file.read_text())
+            kept = ("perplexity", "parameters_before", "parameters_after", "active_after", "cached_after", "seconds")
+            own["conversion"] = {key: report[key] for key in kept}
+            for part in ("attention", "feed_forward"):
+                stages = report["layers"][0][part]
+                own["conversion"][part] = {s: [round(one[part][s], 4) for one in report["layers"]] for s in stages}
+            own["conversion"]["split_error"] = max(one["split_error"] or 0 for one in report["layers"])
         if (file := options.folder / f"{way}.json").exists():
-            after: dict[str, Any] = json.loads(file.read_text())
-            curves[way] = after["curve"]
-            for which, text in enumerate(after["texts"], 1):
-                healed.append([NAMES[way], Path(text).name, *(f"{point[which]:.2f}" for point in after["curve"])])
-        if not (options.folder / way / "upcycle.json").exists():
-            continue
-        report = json.loads((options.folder / way / "upcycle.json").read_text())
-        figures = report["perplexity"]
-        for part, what in (("attention", "attention"), ("feed_forward", "FFN")):
-            for stage in report["layers"][0][part]:
-                of = [one[part][stage] for one in report["layers"]]
-                layers.append([NAMES[way], f"{what}, {stage}", f"{min(of):.4f}", f"{sum(of) / len(of):.4f}"])
-        several = ("dense", "factorised", "norm in", "fitted", "experts routed", "experts fitted")
-        stages.append([NAMES[way], *(f"{figures[s]:.2f}" if s in figures else "–" for s in several)])
-    print(markdown(stages, "", "dense", "factorised", "norm in", "fitted", "experts routed", "experts fitted"))
-    print("\n" + markdown(layers, "", "cosine with the dense layer's output", "least", "mean"))
-    if curves:
-        heads = (f"{point[0] / 1000:,.0f}k" for point in next(iter(curves.values())))
-        print("\n" + markdown(healed, "", "text", *heads))
+            after = json.loads(file.read_text())
+            own["healing"] = after | {"texts": [Path(text).name for text in after["texts"]]}
+    options.file.write_text(json.dumps({way: own for way, own in found.items() if own}, indent=1) + "\n")
+
+
+def show(options: argparse.Namespace) -> None:
+    found = json.loads(options.file.read_text())
+    stages, layers, healed = [], [], []
+    several = ("dense", "factorised", "norm in", "fitted", "experts routed", "experts fitted")
+    for way in (way for way in WAYS if way in found):
+        if (conversion := found[way].get("conversion")) is not None:
+            figures = conversion["perplexity"]
+            size = f"{conversion['parameters_after'] / 1e6:.1f}M"
+            stages.append([NAMES[way], size, *(f"{figures[s]:.2f}" if s in figures else "–" for s in several)])
+            for part, what in (("attention", "attention"), ("feed_forward", "FFN")):
+                for stage, of in conversion[part].items():
+                    by_layer = " ".join(f"{x:.3f}".removeprefix("0") for x in of)
+                    layers.append([f"{NAMES[way]}: {what}, {stage}", f"{min(of):.4f}", f"{sum(of) / 30:.4f}", by_layer])
+        if (healing := found[way].get("healing")) is not None:
+            for which, text in enumerate(healing["texts"], 1):
+                curve = [f"{point[0] / 1000:.0f}k: {point[which]:.2f}" for point in healing["curve"]]
+                healed.append(
+                    [NAMES[way], f"{healing['lr']:.0e}", text, " → ".join(curve), healing.get("same_text", "–")]
+                )
+    print(markdown(stages, "perplexity", "parameters", *several))
+    print("\n" + markdown(layers, "cosine with the dense layer's output", "least", "mean", "layer by layer"))
+    if healed:
+        print("\n" + markdown(healed, "", "rate", "text", "perplexity after so many tokens", "same text of 3"))
     if options.svg:
-        options.svg.write_text(drawn(curves), encoding="utf-8")
+        options.svg.mkdir(parents=True, exist_ok=True)
+        curves = {way: own["healing"]["curve"] for way, own in found.items() if "healing" in own}
+        if curves:
+            lines = {way: ([p[0] / 1000 for p in c], [p[1] for p in c]) for way, c in curves.items()}
+            drawing = drawn(lines, "thousand tokens of healing", "perplexity, WikiText-2", log=True)
+            (options.svg / "upcycling-healing.svg").write_text(drawing, encoding="utf-8")
+        cosines = {way: own["conversion"]["attention"]["fitted"] for way, own in found.items() if "conversion" in own}
+        lines = {way: (list(range(len(of))), of) for way, of in cosines.items()}
+        drawing = drawn(lines, "layer", "cosine with the dense attention's output")
+        (options.svg / "upcycling-layers.svg").write_text(drawing, encoding="utf-8")
 
 
-def drawn(curves: dict[str, list[list[float]]]) -> str:
-    """The curves on the first text as an SVG."""
+def drawn(lines: dict[str, tuple[list[float], list[float]]], across: str, up: str, log: bool = False) -> str:
+    """A chart as an SVG: a line for each way."""
     import urllib.parse
 
     import plotly.graph_objects as go
     from playwright.sync_api import sync_playwright
 
     figure = go.Figure()
-    for way, curve in curves.items():
-        x, y = [point[0] / 1000 for point in curve], [point[1] for point in curve]
-        line = {"dash": "dot"} if way == "dense" else {}
-        figure.add_scatter(x=x, y=y, mode="lines+markers", name=NAMES[way], line=line)
+    for way, (x, y) in lines.items():
+        style = {"dash": "dot"} if way == "dense" else {}
+        figure.add_scatter(x=x, y=y, mode="lines+markers", name=NAMES[way], line=style)
     size = {"width": 860, "height": 420}
-    titles = {"xaxis_title": "thousand tokens of healing", "yaxis_title": "perplexity"}
-    figure.update_layout(template="plotly_white", margin={"l": 60, "r": 20, "t": 20, "b": 50}, **size, **titles)
-    figure.update_yaxes(type="log", dtick="D1")
+    figure.update_layout(template="plotly_white", margin={"l": 60, "r": 20, "t": 20, "b": 50}, **size)
+    figure.update_layout(xaxis_title=across, yaxis_title=up)
+    if log:
+        figure.update_yaxes(type="log", dtick="D1")
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch()
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"))
         page = browser.new_page()
         page.set_content(figure.to_html(include_plotlyjs=True, div_id="curve"))
         url: str = page.evaluate("size => Plotly.toImage('curve', {format: 'svg', ...size})", size)
@@ -208,10 +236,14 @@ def main() -> None:
     two.add_argument("--lr", type=float, default=5e-5)
     two.add_argument("--points", type=int, default=5, help="checkpoints to measure")
     two.set_defaults(call=heal)
-    three = commands.add_parser("show")
+    three = commands.add_parser("collect")
     three.add_argument("folder", type=Path)
-    three.add_argument("--svg", type=Path)
-    three.set_defaults(call=show)
+    three.add_argument("file", type=Path)
+    three.set_defaults(call=collect)
+    four = commands.add_parser("show")
+    four.add_argument("file", type=Path)
+    four.add_argument("--svg", type=Path, help="a folder for the charts")
+    four.set_defaults(call=show)
     for command in (one, two, three):
         command.add_argument("--only", nargs="+", default=list(WAYS), choices=list(WAYS))
     options = parser.parse_args()

@@ -15,6 +15,7 @@ from abyssal.checkpoint.adapter import CONFIG, TENSORS, apply_adapter, is_adapte
 from abyssal.checkpoint.load import Progress, Weights, kept_layers, read_model_config
 from abyssal.checkpoint.overlay import is_overlay, lay_over, read_overlay
 from abyssal.checkpoint.run import MANIFEST, Run
+from abyssal.checkpoint.sharded import gather, is_sharded
 from abyssal.checkpoint.shards import INDEX, WEIGHTS, files_of
 from abyssal.config import ModelConfig, preset, preset_names, read_config, read_mapping
 from abyssal.data.tokenizer import Tokenizer
@@ -188,4 +189,7 @@ def _in_run(path: Path) -> Path:
     step = run.best()
     if step is None:
         raise UserError(f"{path}: this run has no checkpoint yet")
-    return run.checkpoint(step)
+    folder = run.checkpoint(step)
+    if is_sharded(folder):
+        gather(folder)  # the first time that somebody wants to read it
+    return folder

@@ -80,6 +80,10 @@ def main() -> None:
         code = typer.main.get_command(app).main(args=_arguments(sys.argv[1:]), standalone_mode=False)
     except UserError as error:
         code = _fail(str(error))
+        if "RANK" in os.environ:
+            from abyssal.distributed.launch import end_together
+
+            end_together()
     except UnicodeEncodeError as error:
         code = _fail(f"{error.object[max(error.start - 20, 0) : error.end + 20]!r}: has no UTF-8 form")
     except MemoryError as error:
@@ -116,7 +120,8 @@ def _arguments(arguments: list[str]) -> list[str]:
 
 
 def _fail(message: str) -> int:
-    print(f"abyssal: error: {_one_line(message)}", file=sys.stderr)
+    if os.environ.get("RANK", "0") == "0":  # of the processes that torchrun started, one speaks
+        print(f"abyssal: error: {_one_line(message)}", file=sys.stderr)
     return 2
 
 

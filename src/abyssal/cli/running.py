@@ -55,12 +55,15 @@ class Running:
         trainer = build()
         with self._stop:
             finished = self._train(trainer, show, finish)
+        trainer.together.part_ways()
         if not finished:
             from abyssal.cli.show import say
 
             path = trainer.run.path
-            say(f"stopped after step {trainer.done} and saved; continue with: abyssal {command} --resume {path}")
-            raise typer.Exit(128 + self._stop.received[0])
+            if trainer.together.first:
+                say(f"stopped after step {trainer.done} and saved; continue with: abyssal {command} --resume {path}")
+            # Of several processes the signal may have reached another.
+            raise typer.Exit(128 + (self._stop.received or [signal.SIGTERM])[0])
 
     def _train(
         self,
@@ -71,6 +74,8 @@ class Running:
         from abyssal.checkpoint.run import read_metrics
         from abyssal.cli.progress import show_summary
 
+        if not trainer.together.first:
+            return trainer.train()
         if self._page is not None:
             self._page.begin(trainer.run.path)
         self.watcher.begin(trainer, show)

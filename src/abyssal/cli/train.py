@@ -67,12 +67,17 @@ def _trainer(
     overwrite: bool,
     options: dict[str, Any],
 ) -> Trainer:
+    from abyssal.checkpoint.run import MANIFEST
+    from abyssal.distributed.launch import restarted
     from abyssal.training.start import newest_run, start
     from abyssal.training.start import resume as resume_run
 
     if resume is None:
         assert recipe is not None
-        return start(recipe, out or Path("runs") / recipe.name, overwrite=overwrite, **options)
+        path = out or Path("runs") / recipe.name
+        if restarted() and (path / MANIFEST).is_file():
+            return resume_run(path, recipe, **options)  # torchrun began anew: a process had died
+        return start(recipe, path, overwrite=overwrite, **options)
     if resume == "auto":
         assert recipe is not None
         path = newest_run(out.parent if out else Path("runs"), recipe)

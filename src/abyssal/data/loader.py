@@ -6,7 +6,8 @@ MTP only. Windows start T apart: every token is a main target in at most one of 
 
 Training (`Loader`): each epoch begins at a random offset below T, so that the borders fall elsewhere each time, and
 takes its windows in a random order. Both follow from the seed and the epoch's number alone, so three numbers say where
-a run is, and a resumed run sees the very batches it would have seen.
+a run is, and a resumed run sees the very batches it would have seen. Processes that share a batch take a part of its
+windows each and count all of them: where the run is does not depend on how many they are.
 
 Validation (`validation_batches`): the whole split in order, the last window padded, every token but the very first a
 target exactly once.
@@ -37,6 +38,16 @@ class Batch:
     learned: torch.Tensor | None = None
     isolated: bool = False
 
+    def rows(self, part: int, parts: int) -> Batch:
+        """Every `parts`-th row from `part` on; where there is none, a row of padding."""
+        chosen = slice(part, None, parts)
+        tokens, documents = self.tokens[chosen], self.documents[chosen]
+        learned = None if self.learned is None else self.learned[chosen]
+        if len(tokens) == 0:
+            tokens, documents = torch.zeros_like(self.tokens[:1]), torch.full_like(self.documents[:1], -1)
+            learned = None if self.learned is None else torch.zeros_like(self.learned[:1])
+        return Batch(tokens, documents, learned, self.isolated)
+
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on `device`."""
         learned = None if self.learned is None else self.learned.to(device)
@@ -45,10 +56,18 @@ class Batch:
 
 class Loader:
     """Endless training batches from `shards`; `next` gives one. `epoch` counts from 0, `index` the windows taken from
-    it, `epoch_windows` how many it has. Raises UserError for a split shorter than one window."""
+    it, `epoch_windows` how many it has. `part` (i, n): of each batch only its i-th n-th, from 0, is read. Raises
+    UserError for a split shorter than one window, and for a batch that n does not divide."""
 
     def __init__(
-        self, shards: TokenShards, *, batch_size: int, sequence_length: int, lookahead: int, seed: int
+        self,
+        shards: TokenShards,
+        *,
+        batch_size: int,
+        sequence_length: int,
+        lookahead: int,
+        seed: int,
+        part: tuple[int, int] = (0, 1),
     ) -> None:
         check_positive(batch_size=batch_size, sequence_length=sequence_length, lookahead=lookahead)
         needed = sequence_length + lookahead
@@ -57,6 +76,10 @@ class Loader:
                 f"the corpus has {len(shards)} tokens; one sequence needs {needed} "
                 f"(sequence_length {sequence_length} + lookahead {lookahead}): use more text or a shorter sequence"
             )
+        which, parts = part
+        if batch_size % parts:
+            raise UserError(f"batch_size is {batch_size}; expected a multiple of {parts}, the processes that share it")
+        self._own = slice(which * batch_size // parts, (which + 1) * batch_size // parts)
         self.shards = shards
         self.batch_size, self.sequence_length, self.lookahead = batch_size, sequence_length, lookahead
         self.seed = seed
@@ -68,14 +91,14 @@ class Loader:
         return len(self._order)
 
     def next(self) -> Batch:
-        """The next B windows; a batch may span the end of an epoch."""
+        """The next B windows, or the part of them that is this process's; a batch may span the end of an epoch."""
         starts = []
         for _ in range(self.batch_size):
             if self.index == len(self._order):
                 self._begin(self.epoch + 1, 0)
             starts.append(self._offset + int(self._order[self.index]) * self.sequence_length)
             self.index += 1
-        return _batch(self.shards, starts, self.sequence_length + self.lookahead)
+        return _batch(self.shards, starts[self._own], self.sequence_length + self.lookahead)
 
     def state_dict(self) -> dict[str, int]:
         """Where the loader is (epoch, index), and what that position depends on."""

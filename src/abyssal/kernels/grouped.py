@@ -83,6 +83,12 @@ def plan(indices: Tensor, n_experts: int, dtype: torch.dtype) -> Plan:
     return Plan(k, slot, assignment, ends.to(torch.int32), bounds)
 
 
+def plan_without_padding(indices: Tensor, n_experts: int) -> Plan:
+    """The same with N·K rows, no more: what is sent to other processes."""
+    on_cpu = indices.device.type == "cpu"
+    return plan(indices, n_experts, torch.float32) if on_cpu else plan_on_device(indices, n_experts, multiple=1)
+
+
 def plan_on_device(indices: Tensor, n_experts: int, multiple: int = _GPU_ROWS) -> Plan:
     """The same without a word from the device: each expert's rows padded to a ``multiple``, the buffer as long as that
     can come to at most, N·K + E·(multiple - 1) rounded up."""

@@ -134,6 +134,6 @@ class MTPModule(Block):
     ) -> Tensor:
         """``hidden`` h_i and ``embedding`` of the token one further, both [B, T, D] -> hidden states for the head."""
         x = self.eh_proj(decode.join(self.enorm(embedding), self.hnorm(hidden)))
-        x = self(x, context, cache=cache, valid=valid, recorder=recorder, recompute=recompute)
+        x = self.forward(x, context, cache=cache, valid=valid, recorder=recorder, recompute=recompute)
         out: Tensor = self.shared_head["norm"](x)
         return out

@@ -14,6 +14,7 @@ import math
 import torch
 from torch import Tensor
 
+from abyssal.distributed.together import Alone
 from abyssal.model import Routing
 from abyssal.model.router import Router
 from abyssal.training.recipe import BalanceConfig
@@ -22,8 +23,12 @@ from abyssal.training.recipe import BalanceConfig
 class Balancer:
     """Does nothing; strategies override what they need."""
 
+    together = Alone()
+    """The processes that a micro-batch is divided among."""
+
     def loss(self, routing: Routing) -> Tensor | None:
-        """A term for one layer of one micro-batch, to be added to the loss. Called before the backward pass."""
+        """A term for one layer of one micro-batch, to be added to the loss. Called before the backward pass. Of a
+        micro-batch that processes share, it is what this one adds: the sum is the whole one's term."""
         return None
 
     def after_step(self, layer: int, router: Router, load: Tensor, progress: float = 0.0) -> None:
@@ -89,7 +94,8 @@ class AuxiliaryLoss(Balancer):
     ``by_sequence`` takes the sum sequence by sequence and averages it over the batch (V3 paper eq. 17-20, and the first
     generation's ``seq_aux``); else over all tokens at once (DeepSeekMoE paper §3.3). ``normalize`` divides each token's
     scores by their sum first, as V3 does with its sigmoid scores; softmax scores have that sum already. Padding does
-    not count. f_i has no gradient: it reaches the router through P_i.
+    not count. f_i has no gradient: it reaches the router through P_i, so processes that share a micro-batch need to
+    tell each other f_i alone.
     """
 
     def __init__(self, alpha: float, by_sequence: bool, normalize: bool) -> None:
@@ -103,14 +109,18 @@ class AuxiliaryLoss(Balancer):
         counted = torch.zeros_like(scores).scatter_(-1, indices, 1.0)  # an expert is chosen once a token at most
         real = scores.new_ones(scores.shape[:2]) if routing.valid is None else routing.valid.to(scores.dtype)
         dims = (1,) if self.by_sequence else (0, 1)
-        tokens = real.sum(dims).clamp_min(1).unsqueeze(-1)
-        f = (counted * real.unsqueeze(-1)).sum(dims) * experts / (tokens * chosen)
+        tokens, assigned = real.sum(dims).unsqueeze(-1), (counted * real.unsqueeze(-1)).sum(dims)
+        if not self.by_sequence:
+            tokens, assigned = self.together.sum(tokens.clone()), self.together.sum(assigned)
+        tokens = tokens.clamp_min(1)
+        f = assigned * experts / (tokens * chosen)
         p = (scores * real.unsqueeze(-1)).sum(dims) / tokens
-        return self.alpha * (f * p).sum(-1).mean()
+        term = self.alpha * (f * p).sum(-1).mean()
+        return term / self.together.parts if self.by_sequence else term
 
 
-def build_balancers(config: BalanceConfig) -> dict[str, Balancer]:
-    """The balancers that ``config`` names, by name."""
+def build_balancers(config: BalanceConfig, together: Alone | None = None) -> dict[str, Balancer]:
+    """The balancers that ``config`` names, by name. ``together``: the processes that share a micro-batch."""
     balancers: dict[str, Balancer] = {}
     if config.bias_sign:
         balancers["bias_sign"] = BiasSign(config.bias_sign.rate, config.bias_sign.final)
@@ -120,4 +130,7 @@ def build_balancers(config: BalanceConfig) -> dict[str, Balancer]:
         balancers["token_loss"] = AuxiliaryLoss(config.token_loss.alpha, False, config.token_loss.normalize)
     if config.sequence_loss:
         balancers["sequence_loss"] = AuxiliaryLoss(config.sequence_loss.alpha, True, config.sequence_loss.normalize)
+    if together is not None:
+        for balancer in balancers.values():
+            balancer.together = together
     return balancers

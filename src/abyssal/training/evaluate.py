@@ -11,6 +11,7 @@ import torch
 
 from abyssal.data.loader import Batch, validation_batches
 from abyssal.data.shards import TokenShards
+from abyssal.distributed.together import Alone
 from abyssal.model import Transformer
 from abyssal.training.hardware import autocast
 from abyssal.training.loss import Objective
@@ -61,17 +62,19 @@ def evaluate(
     dtype: torch.dtype,
     batches: int | None = None,
     objective: Objective | None = None,
+    together: Alone | None = None,
 ) -> Evaluation:
-    """Loss of ``model`` on ``held_out``.
+    """Loss of ``model`` on ``held_out``; processes that are ``together`` share every batch's rows.
 
     The first token of a document has nothing before it and is not predicted; that is its BOS where the tokenizer has
     one. With ``batches`` only so many are looked at, and the bytes are the split's, in proportion.
     """
-    objective = objective or Objective()
+    objective, together = objective or Objective(), together or Alone()
     device = next(model.parameters()).device
     nats, counted, seen = 0.0, 0, 0
     extras = [0.0] * len(objective.names)
-    for batch in held_out.batches(batches):
+    for whole in held_out.batches(batches):
+        batch = whole.rows(together.part, together.parts) if together.parts > 1 else whole
         counts = objective.counts(model, batch, sequence_length, mtp=False)
         with autocast(device, dtype):
             losses = objective.losses(model, batch.to(device), sequence_length, counts)
@@ -81,6 +84,8 @@ def evaluate(
         seen += int((real if batch.learned is None else real & batch.learned[:, 1:]).sum())
         if losses.extras is not None:
             extras = [total + float(more) for total, more in zip(extras, losses.extras, strict=True)]
+    nats, *extras = together.sum(torch.tensor([nats, *extras], dtype=torch.float64)).tolist()
+    counted, seen = together.counts([counted, seen])
     size = held_out.bytes * min(seen / held_out.tokens, 1.0)
     bits = nats / math.log(2) / max(size, 1) if objective.unit == "token" else None
     means = {name: total / max(counted, 1) for name, total in zip(objective.names, extras, strict=True)}

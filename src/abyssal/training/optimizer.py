@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from abyssal.distributed.together import local
 from abyssal.kernels.adamw import EightBit, Moment, adamw_
 from abyssal.model import Transformer
 from abyssal.training.recipe import OptimizerConfig, ScheduleConfig
@@ -22,6 +23,7 @@ class AdamW(torch.optim.Optimizer):
 
     State of a parameter: ``step``; ``exp_avg`` and ``exp_avg_sq``, in FP32 or what the recipe's ``optimizer.state``
     says (8 bits: each with an ``…_scale``, and the root of ``exp_avg_sq`` in its place); ``low`` beside a BF16 weight.
+    Of a weight that processes share, each has the state of its own part.
     """
 
     def __init__(self, groups: Iterable[dict[str, Any]], config: OptimizerConfig) -> None:
@@ -31,7 +33,7 @@ class AdamW(torch.optim.Optimizer):
             for parameter in group["params"]:
                 self.state[parameter] = {"step": torch.zeros(())}
                 for key in self.moments_of(group):
-                    self.state[parameter] |= _zeros(key, parameter, config.state)
+                    self.state[parameter] |= _zeros(key, local(parameter), config.state)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes back what ``state_dict`` gave, every tensor in its own dtype, where torch would cast it."""
@@ -65,9 +67,9 @@ class AdamW(torch.optim.Optimizer):
             state = self.state[parameter]
             assert parameter.grad is not None
             adamw_(
-                parameter,
+                local(parameter),
                 state.get("low"),
-                parameter.grad,
+                local(parameter.grad),
                 moment(state, "exp_avg"),
                 moment(state, "exp_avg_sq"),
                 lr=group["lr"],

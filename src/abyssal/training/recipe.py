@@ -10,6 +10,7 @@ import yaml
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from abyssal.config import Config, ModelConfig, merge, parse, read_mapping, resolve_model
+from abyssal.config.parallel import ParallelConfig
 from abyssal.errors import UserError, nearest
 
 
@@ -200,7 +201,7 @@ class RunRecipe(Config):
 
     def decisive(self) -> dict[str, Any]:
         """The settings that make a run what it is: those that may change when it goes on are left out."""
-        data = self.model_dump(exclude={"name", "validation", "samples", "checkpoint", "log"})
+        data = self.model_dump(exclude={"name", "validation", "samples", "checkpoint", "log", "parallel"})
         data["model"] = self.model_config_resolved().model_dump(exclude={"published"})
         data["data"].pop("cache", None)
         for key in ("steps", "device", "compile"):
@@ -213,6 +214,7 @@ class Recipe(RunRecipe):
 
     model: str | dict[str, Any]
     data: DataConfig
+    parallel: ParallelConfig = ParallelConfig()
 
 
 def recipe_names() -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,8 +17,10 @@ from abyssal.checkpoint import write_text
 from abyssal.checkpoint.atomic import PARTIAL
 from abyssal.checkpoint.run import MANIFEST, Run, check_free
 from abyssal.config import ModelConfig, merge, parse, read_config, read_mapping
+from abyssal.config.parallel import ParallelConfig
 from abyssal.data.shards import TokenShards
 from abyssal.data.tokenizer import Tokenizer
+from abyssal.distributed.together import Alone
 from abyssal.errors import UserError
 from abyssal.generation import Sampling, stream
 from abyssal.model import Transformer
@@ -36,10 +39,11 @@ class Kind:
 
     command: str
     recipe: type[RunRecipe]
-    prepare: Callable[[Any, Path, dict[str, Any] | None], tuple[Any, Parts, dict[str, Any]]]
-    """From a recipe and the run's folder to the recipe with everything settled, the run's parts, and what identifies it
-    (fingerprints for run.json). Given the run.json of a run that goes on, raises UserError where something is another
-    than it was; else nothing is in the folder yet. Writes nothing there."""
+    prepare: Callable[[Any, Path, dict[str, Any] | None, Alone], tuple[Any, Parts, dict[str, Any]]]
+    """From a recipe, the run's folder, the run.json of a run that goes on, and the processes that take part, to the
+    recipe with everything settled, the run's parts, and what identifies it (fingerprints for run.json). Given a
+    run.json, raises UserError where something is another than it was; else nothing is in the folder yet. Writes nothing
+    there."""
     check: Callable[[Any, ModelConfig, str], None] = check
     begin: Callable[[Any, Parts, Path], None] = lambda recipe, parts, path: None
     """Called once for a new run, when its folder is there."""
@@ -63,21 +67,25 @@ def run_tokenizer(path: Path, manifest: dict[str, Any]) -> Tokenizer:
     return tokenizer
 
 
-def _prepare(recipe: Recipe, path: Path, manifest: dict[str, Any] | None) -> tuple[Recipe, Parts, dict[str, Any]]:
-    device = resolve_device(recipe.training.device)
+def _prepare(
+    recipe: Recipe, path: Path, manifest: dict[str, Any] | None, together: Alone
+) -> tuple[Recipe, Parts, dict[str, Any]]:
+    device = _device(recipe, together)
     if recipe.training.compile:
         check_compiler(device)
     config = recipe.model_config_resolved()
     dtype = run_dtype(recipe, manifest, device, config.hidden_size)
     corpus = corpus_id(recipe.data)
-    if manifest is None:
-        tokenizer = load_tokenizer(recipe.data, config.vocab_size)
-    else:
-        tokenizer = run_tokenizer(path, manifest)
-        if corpus != manifest.get("corpus"):
-            raise UserError(f"{path}: data.source: {recipe.data.source} has changed since this run began")
-    train, validation = _open(recipe, config, tokenizer)
-    loader = build_loader(recipe, config, train)  # raises where the text is too short, while nothing is written yet
+    with together.first_then_others("data"):
+        if manifest is None:
+            tokenizer = load_tokenizer(recipe.data, config.vocab_size)
+        else:
+            tokenizer = run_tokenizer(path, manifest)
+            if corpus != manifest.get("corpus"):
+                raise UserError(f"{path}: data.source: {recipe.data.source} has changed since this run began")
+        train, validation = _open(recipe, config, tokenizer)
+    # It raises where the text is too short, while nothing is written yet.
+    loader = build_loader(recipe, config, train, together)
     t = recipe.training
     parts = Parts(
         model=Transformer(config, generator=torch.Generator().manual_seed(t.seed)),
@@ -87,6 +95,7 @@ def _prepare(recipe: Recipe, path: Path, manifest: dict[str, Any] | None) -> tup
         data=f"{len(train):,} tokens of text, {len(validation):,} held out",
         device=device,
         dtype=dtype,
+        together=together,
     )
     return recipe, parts, {"corpus": corpus}
 
@@ -99,8 +108,17 @@ def start(recipe: RunRecipe, path: Path, *, kind: Kind = TRAIN, overwrite: bool 
 
     ``options`` (``watcher``, ``should_stop``) go to :class:`Trainer`.
     """
-    check_free(path, overwrite)
-    recipe, parts, identity = kind.prepare(recipe, path, None)
+    together = _join(recipe)
+    with together.agreed("prepared"):
+        return _start(recipe, path, kind, overwrite, together, options)
+
+
+def _start(
+    recipe: RunRecipe, path: Path, kind: Kind, overwrite: bool, together: Alone, options: dict[str, Any]
+) -> Trainer:
+    if together.first:
+        check_free(path, overwrite)
+    recipe, parts, identity = kind.prepare(recipe, path, None, together)
     _check_prompts(recipe, parts.model, parts.tokenizer)
     manifest = {
         "abyssal": version("abyssal"),
@@ -113,9 +131,53 @@ def start(recipe: RunRecipe, path: Path, *, kind: Kind = TRAIN, overwrite: bool 
     with tempfile.TemporaryDirectory() as folder:
         parts.tokenizer.save(folder)
         files |= {file.name: file.read_text(encoding="utf-8") for file in Path(folder).iterdir()}
-    run = Run.create(path, files, overwrite=overwrite)
+    with together.first_then_others("run"):
+        run = Run.create(path, files, overwrite=overwrite) if together.first else _shared(path)
     kind.begin(recipe, parts, path)
     return Trainer(recipe, parts, run, **options)
+
+
+def _shared(path: Path) -> Run:
+    """The run that the first process made."""
+    if not (path / MANIFEST).is_file():
+        raise UserError(f"{path}: not there on {platform.node()}; all processes need to see the same folder")
+    return Run(path)
+
+
+def _join(recipe: RunRecipe) -> Alone:
+    """The processes that ``recipe`` is for, which torchrun has started. Raises UserError where they are not what it
+    says."""
+    from abyssal.distributed.launch import join, meet, own_device, started_by_torchrun
+
+    parallel = getattr(recipe, "parallel", None) or ParallelConfig()
+    started = started_by_torchrun() or 1
+    t = recipe.training
+    parallel.check(
+        recipe.model_config_resolved(), batch_size=t.batch_size, sequence_length=t.sequence_length, world=started
+    )
+    if parallel.alone:
+        return Alone()
+    for axis in ("context", "tensor", "pipeline"):
+        if getattr(parallel, axis) > 1:
+            raise UserError(f"parallel.{axis}: {getattr(parallel, axis)}: this axis is not built yet; expected 1")
+    if t.fp8:
+        raise UserError("training.fp8: true: not together with several processes yet; expected false")
+    if recipe.optimizer.name != "adamw" or recipe.optimizer.state == "8bit":
+        o = recipe.optimizer
+        raise UserError(
+            f"optimizer: {o.name} with state {o.state}: Muon's matrices and 8-bit blocks do not survive being divided "
+            "among processes; expected adamw with float32 or bfloat16"
+        )
+    meeting = meet()
+    meeting.same("recipe", to_yaml(recipe, resolved=True))
+    return join(meeting, parallel, own_device(resolve_device(t.device)))
+
+
+def _device(recipe: RunRecipe, together: Alone) -> torch.device:
+    from abyssal.distributed.launch import own_device
+
+    device = resolve_device(recipe.training.device)
+    return own_device(device) if together.sharded else device
 
 
 def resume(
@@ -139,8 +201,15 @@ def resume(
         if difference := _difference(stored, recipe):
             raise UserError(f"{path}: this run belongs to another recipe: {difference}")
         stored = recipe
-    run.lock()
-    stored, parts, identity = kind.prepare(stored, path, run.manifest)
+    together = _join(stored)
+    with together.agreed("prepared"):
+        return _resume(stored, path, run, kind, together, options)
+
+
+def _resume(stored: Any, path: Path, run: Run, kind: Kind, together: Alone, options: dict[str, Any]) -> Trainer:
+    if together.first:
+        run.lock()
+    stored, parts, identity = kind.prepare(stored, path, run.manifest, together)
     for what, value in identity.items():
         if value != run.manifest.get(what):
             raise UserError(
@@ -167,9 +236,10 @@ def resume(
             raise UserError(
                 f"{folder}: damaged ({error!r}); remove it to go on from the checkpoint before it"
             ) from None
-    else:
+    elif together.first:
         run.forget_after(0)
-    write_text(path / RECIPE, to_yaml(stored, resolved=True))
+    if together.first:
+        write_text(path / RECIPE, to_yaml(stored, resolved=True))
     return trainer
 
 

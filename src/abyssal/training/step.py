@@ -6,6 +6,9 @@ for each micro-batch: forward, loss (+ balancers' terms), backward → norm of t
 Trained are the parameters that want a gradient; the others stay as they are, in their dtype. With ``dtype`` BF16 those
 of the trained weights that only products read are BF16 meanwhile (:mod:`abyssal.training.weights`).
 
+Where processes share the batch, each differentiates its part of the loss, divided by the whole batch's tokens;
+gradients, loads and figures are summed over them (:mod:`abyssal.distributed`).
+
 On a GPU nothing here waits for the device: what a step came to stays there until somebody reads it. So it is not known
 at once whether a number was not finite; a flag on the device then keeps this and every later step from being applied.
 """
@@ -21,7 +24,7 @@ import torch
 from torch import Tensor
 
 from abyssal.data.loader import Batch
-from abyssal.kernels.adamw import total_norm
+from abyssal.distributed.together import Alone
 from abyssal.model import RoutingRecorder, Transformer
 from abyssal.training import weights
 from abyssal.training.balance import build_balancers
@@ -114,14 +117,15 @@ class TrainingStep:
         dtype: torch.dtype,
         recompute: bool = False,
         objective: Objective | None = None,
+        together: Alone | None = None,
     ) -> None:
-        self.model, self.objective = model, objective or Objective()
+        self.model, self.objective, self.together = model, objective or Objective(), together or Alone()
         for parameter in model.parameters():
             if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
                 # What the optimizer works on; begin() says what is kept in fewer bits meanwhile.
                 parameter.data = parameter.data.float()
         self.optimizer = build_optimizer(model, optimizer)
-        self.balancers = build_balancers(balance)
+        self.balancers = build_balancers(balance, self.together)
         self.clip, self.mtp_weight, self.recompute = clip, mtp_weight, recompute
         self.device, self.dtype = device, dtype
         self._waits = device.type == "cpu"  # where nothing is gained by not knowing
@@ -131,7 +135,7 @@ class TrainingStep:
 
     def begin(self) -> None:
         """Puts the weights in the dtype that they have while training; every step does so where it is not done yet."""
-        if not self._begun and self.dtype == torch.bfloat16:
+        if not self._begun and self.dtype == torch.bfloat16 and not self.together.sharded:
             weights.to_bfloat16(self.model, self.optimizer)
         self._begun = True
 
@@ -149,7 +153,7 @@ class TrainingStep:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         counts = [self.objective.counts(self.model, batch, length) for batch in batches]
-        step_counts = [sum(column) for column in zip(*counts, strict=True)]
+        step_counts = self.together.counts([sum(column) for column in zip(*counts, strict=True)])
         weights.sum_gradients_in_float32(self.model, len(batches) > 1)
         nats = torch.zeros(len(step_counts), device=self.device)
         extras = torch.zeros(len(self.objective.names), device=self.device)
@@ -181,8 +185,13 @@ class TrainingStep:
                             loss = loss + term / len(batches)
             loss.backward()
             del losses, loss, recorder
-        norm = total_norm([p.grad for p in self.model.parameters() if p.grad is not None]).float()
-        figures = torch.cat((nats, torch.stack((balance_loss, norm)), extras))
+        norm = self.together.norm([p.grad for p in self.model.parameters() if p.grad is not None]).float()
+        sums = self.together.sum(torch.cat((nats, balance_loss.unsqueeze(0), extras)))
+        if loads:
+            everyone_s = self.together.sum(torch.stack(list(loads.values())))
+            loads = dict(zip(loads, everyone_s, strict=True))
+        head = len(nats) + 1
+        figures = torch.cat((sums[:head], norm.unsqueeze(0), sums[head:]))
         result = StepResult(lr, loads, step_counts, figures, self.objective.names)
         self._apply(result, norm, progress)
         return result

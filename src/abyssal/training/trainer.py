@@ -15,19 +15,21 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from abyssal.analysis.balance import balance
-from abyssal.checkpoint import load_into, read_tensors, save_model, write_tensors
+from abyssal.checkpoint import load_into, save_model
 from abyssal.checkpoint.run import Run
 from abyssal.config import ModelConfig
 from abyssal.data.loader import Batch, Loader
 from abyssal.data.shards import TokenShards
 from abyssal.data.tokenizer import Tokenizer
+from abyssal.distributed.together import Alone
 from abyssal.errors import UserError
 from abyssal.generation import generate
 from abyssal.model import Transformer
 from abyssal.model.fp8_training import train_in_fp8
+from abyssal.training import saving
 from abyssal.training.board import Board
 from abyssal.training.evaluate import Evaluation, HeldOut, evaluate
 from abyssal.training.hardware import autocast, device_memory, process_memory
@@ -35,9 +37,6 @@ from abyssal.training.loss import Objective
 from abyssal.training.optimizer import learning_rate
 from abyssal.training.recipe import RunRecipe
 from abyssal.training.step import NotFinite, StepResult, TrainingStep
-from abyssal.training.weights import lows
-
-TRAINING_STATE = "training.safetensors"
 
 
 class Watcher:
@@ -61,8 +60,9 @@ class Batches(Protocol):
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
 
-def build_loader(recipe: RunRecipe, config: ModelConfig, shards: TokenShards) -> Loader:
+def build_loader(recipe: RunRecipe, config: ModelConfig, shards: TokenShards, together: Alone | None = None) -> Loader:
     """The loader of training batches. Raises UserError for a split shorter than one sequence."""
+    together = together or Alone()
     t = recipe.training
     return Loader(
         shards,
@@ -70,6 +70,7 @@ def build_loader(recipe: RunRecipe, config: ModelConfig, shards: TokenShards) ->
         sequence_length=t.sequence_length,
         lookahead=1 + config.mtp.num_nextn_predict_layers,
         seed=t.seed,
+        part=(together.part, together.parts),
     )
 
 
@@ -100,6 +101,7 @@ class Parts:
     """What matrix products run in."""
     objective: Objective = field(default_factory=Objective)
     keeper: Keeper = field(default_factory=Keeper)
+    together: Alone = field(default_factory=Alone)
 
 
 class Trainer:
@@ -120,7 +122,8 @@ class Trainer:
         self.recipe, self.parts, self.run = recipe, parts, run
         self.tokenizer, self.loader, self.held_out = parts.tokenizer, parts.loader, parts.held_out
         self.device, self.dtype = parts.device, parts.dtype
-        self.watcher = watcher or Watcher()
+        self.together = parts.together
+        self.watcher = (watcher if self.together.first else None) or Watcher()
         self.should_stop = should_stop
         self.model = model = parts.model.to(parts.device).train()
         if recipe.training.fp8:
@@ -128,6 +131,7 @@ class Trainer:
         if recipe.training.compile:
             for block in (*model.blocks, *model.mtp_modules):
                 block.compile_parts()
+        self.together.divide(model, parts.dtype)
         self._step = TrainingStep(
             model,
             optimizer=recipe.optimizer,
@@ -138,6 +142,7 @@ class Trainer:
             dtype=parts.dtype,
             recompute=recipe.training.recompute,
             objective=parts.objective,
+            together=parts.together,
         )
         self.optimizer, self.balancers = self._step.optimizer, self._step.balancers
         self.done = 0
@@ -153,15 +158,17 @@ class Trainer:
         Raises UserError for a loss or gradient that is not finite: the step is named and not applied, and the last
         checkpoint is kept. Raises OSError for a full disk; checkpoints written before stay whole.
         """
-        self.run.lock()
-        self.board = Board(self.run.path / "tensorboard", self.done + 1)
+        if self.together.first:
+            self.run.lock()
+            self.board = Board(self.run.path / "tensorboard", self.done + 1)
         self._step.begin()
         try:
             return self._train()
         finally:
             self._step.finish()
-            self.board.close()
-            self.run.unlock()
+            if self.board is not None:
+                self.board.close()
+                self.run.unlock()
 
     def _train(self) -> bool:
         r, steps = self.recipe, self.recipe.training.steps
@@ -170,7 +177,7 @@ class Trainer:
         while self.done < steps:
             pending.append(self.step())
             self.done += 1
-            last, stopping = self.done == steps, self.should_stop()
+            last, stopping = self.done == steps, self.together.any(self.should_stop())
             validating = last or self.done % r.validation.every == 0
             saving = last or stopping or self.done % r.checkpoint.every == 0
             # A record never reaches over a checkpoint: what was pending when a run is killed would be lost to it.
@@ -203,7 +210,8 @@ class Trainer:
             result = self._step(batches, t.sequence_length, lr, self.done / t.steps)
         except NotFinite as error:
             raise self._not_finite(self.done + 1, error.what, error.value) from None
-        self.tokens += sum(int((batch.documents[:, : t.sequence_length] >= 0).sum()) for batch in batches)
+        real = sum(int((batch.documents[:, : t.sequence_length] >= 0).sum()) for batch in batches)
+        self.tokens += self.together.counts([real])[0]
         return result
 
     def _check(self, pending: list[StepResult]) -> None:
@@ -269,6 +277,7 @@ class Trainer:
                 dtype=self.dtype,
                 batches=self.recipe.validation.batches,
                 objective=self.parts.objective,
+                together=self.together,
             )
         self.model.train()
         if not math.isfinite(evaluation.loss):
@@ -280,6 +289,8 @@ class Trainer:
         self.watcher.validated(self.done, evaluation)
 
     def _log(self, record: dict[str, Any]) -> None:
+        if not self.together.first:
+            return
         self.run.append_metrics(record)
         if self.board is not None:
             self.board.add(record)
@@ -306,55 +317,11 @@ class Trainer:
 
     def save(self) -> None:
         """Writes a checkpoint of the state after ``done`` steps."""
-        state = {"step": self.done, "tokens": self.tokens, "loader": self.loader.state_dict(), "best": self.best}
-
-        def write(folder: Path) -> None:
-            self.parts.keeper.write(self.model, folder, lows(self.model, self.optimizer))
-            self.tokenizer.save(folder)
-            write_tensors(self._training_state(), folder / TRAINING_STATE)
-
-        self.run.save(self.done, state, write, self.recipe.checkpoint.keep)
-
-    def _training_state(self) -> dict[str, Tensor]:
-        tensors = {}
-        for name, parameter in self._trained():
-            for key, value in self.optimizer.state[parameter].items():
-                if key != "low":  # it is in the model's weights, which are written as FP32
-                    tensors[f"optimizer.{key}.{name}"] = value
-        for name, balancer in self.balancers.items():
-            for key, value in balancer.state_dict().items():
-                tensors[f"balance.{name}.{key}"] = value
-        return tensors
-
-    def _trained(self) -> list[tuple[str, nn.Parameter]]:
-        return [(name, parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad]
+        saving.save(self)
 
     def resume(self, step: int) -> None:
         """Takes the state of the checkpoint after ``step`` steps. Raises UserError where it does not fit."""
-        folder = self.run.checkpoint(step)
-        state = self.run.state(step)
-        if state["step"] != step:
-            raise UserError(f"{folder / 'state.json'}: step: {state['step']!r}, the folder's name says {step}")
         self._step.finish()
-        self.parts.keeper.read(self.model, folder)
-        tensors = read_tensors(folder / TRAINING_STATE)
-        for name, parameter in self._trained():
-            for key, own in self.optimizer.state[parameter].items():
-                stored = tensors.get(f"optimizer.{key}.{name}")
-                if stored is None:
-                    raise UserError(f"{folder / TRAINING_STATE}: no optimizer.{key}.{name}")
-                if (stored.shape, stored.dtype) != (own.shape, own.dtype):
-                    raise UserError(
-                        f"{folder / TRAINING_STATE}: optimizer.{key}.{name}: {stored.dtype} {list(stored.shape)}, "
-                        f"expected {own.dtype} {list(own.shape)}"
-                    )
-                own.copy_(stored)
+        saving.resume(self, step)
         self._step.begin()
-        for name, balancer in self.balancers.items():
-            prefix = f"balance.{name}."
-            found = {k.removeprefix(prefix): v.to(self.device) for k, v in tensors.items() if k.startswith(prefix)}
-            balancer.load_state_dict(found)
-        self.loader.load_state_dict(state["loader"])
-        self.done, self.tokens, self.best = state["step"], state["tokens"], state["best"]
         self._logged = self.tokens
-        self.run.forget_after(step)

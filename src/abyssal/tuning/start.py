@@ -22,6 +22,7 @@ from abyssal.data.examples import Examples, read_examples, with_template
 from abyssal.data.loader import Batch
 from abyssal.data.packing import PackedLoader, packed_batches
 from abyssal.data.tokenizer import Tokenizer
+from abyssal.distributed.together import Alone
 from abyssal.errors import UserError
 from abyssal.loading import find, find_config, find_tokenizer, load
 from abyssal.model import Transformer
@@ -56,7 +57,7 @@ class TuneParts(Parts):
 
 
 def _prepare(
-    recipe: TuneRecipe, path: Path, manifest: dict[str, Any] | None
+    recipe: TuneRecipe, path: Path, manifest: dict[str, Any] | None, together: Alone
 ) -> tuple[TuneRecipe, TuneParts, dict[str, Any]]:
     device = resolve_device(recipe.training.device)
     if recipe.training.compile:

@@ -1,0 +1,72 @@
+"""Expert parallelism: every process holds some of a layer's routed experts, and rows travel to where theirs are.
+
+    sort assignments by expert → rows to the experts' processes (all-to-all) → grouped products there
+    → rows back (all-to-all) → sum of each token's rows
+
+An assignment's routing weight travels with its row: it goes in before an expert's last product, as it does on one
+process (:mod:`abyssal.kernels.grouped`). Counts are uneven, and a process may get no row at all.
+
+Shapes: N tokens, K experts a token, E experts, e of them here, P processes, R rows received.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from abyssal.distributed.collectives import exchange
+from abyssal.kernels import grouped
+from abyssal.kernels.backend import product_dtype
+from abyssal.model.moe import Experts
+
+
+def local(parameter: Tensor) -> Tensor:
+    """This process's part of ``parameter``, with its gradient."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+class SpreadExperts(Experts):
+    """:class:`Experts` of which each process of ``mesh`` (one axis) holds E / P, in order.
+
+    ``gate_up_proj`` [E, 2F, D] and ``down_proj`` [E, D, F] are DTensors, sharded by their first dimension.
+    """
+
+    def __init__(self, whole: Experts, mesh: DeviceMesh) -> None:
+        nn.Module.__init__(self)
+        self.group, self.spread = mesh.get_group(), mesh.size()
+        self.total = whole.gate_up_proj.shape[0]
+        for name, parameter in whole.named_parameters():
+            part = distribute_tensor(parameter.data, mesh, [Shard(0)])
+            setattr(self, name, nn.Parameter(part, requires_grad=parameter.requires_grad))
+
+    def forward(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+        """As :meth:`Experts.forward`; every process of the group has to call it, each with its own tokens."""
+        here = self.total // self.spread
+        where = grouped.plan_without_padding(indices, self.total)
+        counts = _counts(where, self.total)
+        theirs = torch.empty_like(counts)
+        dist.all_to_all_single(theirs, counts, group=self.group)
+        # [P, e] each, read once: how many rows go to and come from whom.
+        both = torch.stack((counts, theirs)).view(2, self.spread, here).cpu()
+        sent, received = both.sum(-1).tolist()
+        rows = exchange(grouped.gather(x.to(product_dtype(x)), where), sent, received, self.group)
+        row_weights = exchange(grouped.row_weights(weights, where), sent, received, self.group)
+        # From each process come its rows for the first expert here, then those for the second, and so on.
+        experts = torch.arange(here).repeat(self.spread).repeat_interleave(both[1].flatten()).to(x.device)
+        out = self.through(rows, experts.unsqueeze(1), row_weights.unsqueeze(1), here)
+        return grouped.combine(exchange(out, received, sent, self.group), where)
+
+    def gate_up(self, rows: Tensor, where: grouped.Plan) -> Tensor:
+        return grouped.grouped_linear(rows, local(self.gate_up_proj).to(rows.dtype), where)
+
+    def down(self, rows: Tensor, where: grouped.Plan) -> Tensor:
+        return grouped.grouped_linear(rows, local(self.down_proj).to(rows.dtype), where)
+
+
+def _counts(where: grouped.Plan, experts: int) -> Tensor:
+    """[E] int64: rows of each expert."""
+    ends = where.ends.long()
+    return ends.diff(prepend=ends.new_zeros(1))

@@ -1,0 +1,176 @@
+"""What training asks of the other processes: :class:`Alone` asks nobody, :class:`Together` is a mesh of many."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from abyssal.errors import UserError
+from abyssal.kernels.adamw import total_norm
+
+if TYPE_CHECKING:
+    from abyssal.distributed.launch import Meeting
+    from abyssal.distributed.mesh import Mesh
+    from abyssal.model import Transformer
+
+
+def local(x: Tensor) -> Tensor:
+    """This process's part of ``x``: of a DTensor what lies here (changed in place, it changes), else all of it."""
+    part: Tensor = x.to_local() if hasattr(x, "to_local") else x
+    return part
+
+
+class Alone:
+    """One process."""
+
+    first = True
+    """Whether this is the process that writes and speaks."""
+    sharded = False
+    """Whether weights are FP32 and BF16 only where they are gathered (:mod:`abyssal.distributed.sharding`)."""
+    parts = 1
+    """Of the batch's sequences each process has one part of so many."""
+    part = 0
+
+    @contextmanager
+    def agreed(self, name: str) -> Iterator[None]:
+        """What fails inside on one process fails on all, with the same line; all have done it when it ends."""
+        yield
+
+    @contextmanager
+    def first_then_others(self, name: str) -> Iterator[None]:
+        """What is inside is done by the first process, then by the others, who find what it has left."""
+        yield
+
+    def tell(self, name: str, word: str = "") -> str:
+        """What the first process says at ``name``."""
+        return word
+
+    def like(self, part: Tensor, parameter: Tensor) -> Tensor:
+        """``part``, which belongs to this process's part of ``parameter``, as something divided in the same way."""
+        return part
+
+    def own(self, whole: Tensor, parameter: Tensor) -> Tensor:
+        """What of ``whole`` belongs to this process's part of ``parameter``."""
+        return whole
+
+    def divide(self, model: Transformer, dtype: torch.dtype) -> None:
+        """Divides ``model``, whole and alike everywhere, in place; ``dtype`` is what products run in."""
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum over the processes that share the batch; ``x`` may be changed."""
+        return x
+
+    def counts(self, numbers: Sequence[int]) -> list[int]:
+        """The sums of ``numbers``."""
+        return list(numbers)
+
+    def any(self, flag: bool) -> bool:
+        """Whether any process says so."""
+        return flag
+
+    def norm(self, gradients: Sequence[Tensor]) -> Tensor:
+        """√(Σ x²) over the whole model's gradients, FP32 (FP64)."""
+        return total_norm(gradients)
+
+    def part_ways(self) -> None:
+        """Nothing more is asked of the others."""
+
+
+class Together(Alone):
+    """The processes of a mesh. Everything here has to be called by all of them, in the same order."""
+
+    sharded = True
+
+    def __init__(self, mesh: Mesh, meeting: Meeting | None = None) -> None:
+        self.mesh, self.meeting = mesh, meeting
+        self.first = mesh.rank == 0
+        self.part, self.parts = mesh.data_part
+
+    @contextmanager
+    def agreed(self, name: str) -> Iterator[None]:
+        assert self.meeting is not None
+        try:
+            yield
+        except (UserError, OSError) as error:
+            self.meeting.fail(str(error))
+            raise
+        self.meeting.arrive(name)
+
+    @contextmanager
+    def first_then_others(self, name: str) -> Iterator[None]:
+        assert self.meeting is not None
+        if not self.first:
+            self.meeting.arrive(name)
+        yield
+        if self.first:
+            self.meeting.arrive(name)
+
+    def divide(self, model: Transformer, dtype: torch.dtype) -> None:
+        from abyssal.distributed.apply import parallelize
+
+        parallelize(model, self.mesh, dtype)
+
+    def tell(self, name: str, word: str = "") -> str:
+        assert self.meeting is not None
+        return self.meeting.arrive(name, word)[0]
+
+    def like(self, part: Tensor, parameter: Tensor) -> Tensor:
+        from abyssal.distributed.parts import as_divided
+
+        return as_divided(part, parameter)
+
+    def own(self, whole: Tensor, parameter: Tensor) -> Tensor:
+        from abyssal.distributed.parts import own_part
+
+        return own_part(whole, parameter)
+
+    def sum(self, x: Tensor) -> Tensor:
+        import torch.distributed as dist
+
+        dist.all_reduce(x, group=self.mesh.batch)
+        return x
+
+    def counts(self, numbers: Sequence[int]) -> list[int]:
+        summed: list[int] = self.sum(torch.tensor(list(numbers), dtype=torch.int64)).tolist()
+        return summed
+
+    def any(self, flag: bool) -> bool:
+        import torch.distributed as dist
+
+        votes = torch.tensor(int(flag))
+        dist.all_reduce(votes)
+        return int(votes) > 0
+
+    def norm(self, gradients: Sequence[Tensor]) -> Tensor:
+        """Every number counts once, on however many processes it lies."""
+        import torch.distributed as dist
+        from torch.distributed.tensor import DTensor, Replicate
+
+        by_axes: dict[tuple[int, tuple[str, ...]], list[Tensor]] = {}
+        meshes = {}
+        for gradient in gradients:
+            assert isinstance(gradient, DTensor)
+            mesh, names = gradient.device_mesh, gradient.device_mesh.mesh_dim_names
+            assert names is not None
+            divided = [n for n, p in zip(names, gradient.placements, strict=True) if not isinstance(p, Replicate)]
+            key = (hash(mesh), tuple(divided))
+            meshes[key] = mesh
+            by_axes.setdefault(key, []).append(gradient.to_local())
+        total = torch.zeros((), device=self.mesh.device)
+        for key, parts in by_axes.items():
+            square = total_norm(parts).square()
+            for axis in key[1]:
+                dist.all_reduce(square, group=meshes[key].get_group(axis))
+            total = total + square
+        if self.mesh.parallel.pipeline > 1:
+            dist.all_reduce(total, group=self.mesh.dense.get_group("pipeline"))
+        return total.sqrt()
+
+    def part_ways(self) -> None:
+        import torch.distributed as dist
+
+        dist.destroy_process_group()

@@ -1,0 +1,76 @@
+"""Layouts that cannot be are refused with the arithmetic; and how a batch is divided."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from jobs import CONFIG
+
+from abyssal.config import ModelConfig
+from abyssal.config.parallel import ParallelConfig
+from abyssal.data.loader import Batch
+from abyssal.distributed.mesh import Place
+from abyssal.errors import UserError
+
+
+def check(model: ModelConfig | None = None, batch_size: int = 8, world: int | None = None, **axes: Any) -> None:
+    parallel = ParallelConfig(**axes)
+    model = model or ModelConfig.model_validate(CONFIG)
+    parallel.check(model, batch_size=batch_size, sequence_length=16, world=world or parallel.world)
+
+
+@pytest.mark.parametrize(
+    ("axes", "said"),
+    [
+        ({"shard": 2, "world": 3}, r"shard 2 × .* = 2 processes; there are 3 \(torchrun --nproc-per-node 2"),
+        ({"shard": 3}, r"training.batch_size: 8 is no multiple of parallel.replicate × parallel.shard = 3"),
+        ({"shard": 4, "expert": 3}, r"parallel.expert: 3 does not divide replicate × shard × context = 4"),
+        ({"replicate": 2, "shard": 6, "expert": 4, "batch_size": 12}, r"expert: 4 neither divides .* = 6 nor"),
+        ({"shard": 16, "expert": 16, "batch_size": 16}, r"expert: 16 does not divide the 8 routed experts"),
+        ({"tensor": 3}, r"parallel.tensor: 3 does not divide the model's num_attention_heads 4"),
+        ({"pipeline": 3}, r"parallel.pipeline: 3 stages are more than 2 layers"),
+        ({"context": 3}, r"sequence_length: 16 is no multiple of 2 × parallel.context = 6"),
+    ],
+)
+def test_what_cannot_be_is_refused(axes: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        check(**axes)
+
+
+def test_what_can_be_is_not() -> None:
+    for axes in ({"shard": 2, "expert": 2}, {"replicate": 4, "expert": 4}, {"shard": 8, "expert": 4}, {"tensor": 2}):
+        check(**axes)
+
+
+def test_experts_need_a_model_that_has_them() -> None:
+    with pytest.raises(UserError, match="this model has no experts"):
+        check(ModelConfig.model_validate(CONFIG | {"moe": None}), shard=2, expert=2)
+
+
+def test_places_are_all_different_and_tensor_changes_fastest() -> None:
+    parallel = ParallelConfig(replicate=2, shard=3, context=2, tensor=2, pipeline=2)
+    places = [Place.of(rank, parallel) for rank in range(parallel.world)]
+    assert len(set(places)) == parallel.world == 48
+    assert places[0] == Place(0, 0, 0, 0, 0)
+    assert places[1] == Place(0, 0, 0, 0, 1)
+    assert places[2] == Place(0, 0, 0, 1, 0)
+    assert places[24] == Place(1, 0, 0, 0, 0)
+
+
+@given(rows=st.integers(1, 9), parts=st.integers(1, 12), learned=st.booleans())
+def test_rows_are_each_in_one_part(rows: int, parts: int, learned: bool) -> None:
+    tokens = torch.arange(rows * 3).view(rows, 3) + 1
+    batch = Batch(tokens, torch.zeros_like(tokens), torch.ones_like(tokens).bool() if learned else None)
+    divided = [batch.rows(part, parts) for part in range(parts)]
+    real = torch.cat([part.tokens[part.documents[:, 0] >= 0] for part in divided])
+    assert sorted(real.flatten().tolist()) == tokens.flatten().tolist()
+    assert all(len(part.tokens) > 0 for part in divided)
+    for part in divided:
+        padding = part.documents < 0
+        assert not part.tokens[padding].any()
+        if part.learned is not None:
+            assert not part.learned[padding].any()

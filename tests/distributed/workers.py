@@ -1,0 +1,77 @@
+"""Processes that work together through gloo, started once for all tests: ``Workers.run`` has each of them call a
+function of :mod:`jobs` inside a process group of as many as the test wants."""
+
+from __future__ import annotations
+
+import importlib
+import queue
+import tempfile
+import traceback
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+LIMIT = 240.0  # seconds until a job counts as hung
+
+
+def _serve(rank: int, inbox: Any, outbox: Any) -> None:
+    torch.set_num_threads(1)
+    while (order := inbox.get()) is not None:
+        job, size, meeting_place, arguments = order
+        try:
+            store = dist.FileStore(meeting_place, size)
+            dist.init_process_group(
+                "gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=LIMIT / 2)
+            )
+            try:
+                outbox.put((rank, getattr(importlib.import_module("jobs"), job)(*arguments), None))
+            finally:
+                dist.destroy_process_group()
+        except BaseException:
+            outbox.put((rank, None, traceback.format_exc()))
+
+
+class Workers:
+    """``count`` processes; :meth:`close` ends them."""
+
+    def __init__(self, count: int = 4) -> None:
+        context = mp.get_context("spawn")
+        self.inboxes, self.outbox = [context.Queue() for _ in range(count)], context.Queue()
+        self.folder = tempfile.TemporaryDirectory()
+        self.jobs = 0
+        self.processes = [
+            context.Process(target=_serve, args=(rank, inbox, self.outbox), daemon=True)
+            for rank, inbox in enumerate(self.inboxes)
+        ]
+        for process in self.processes:
+            process.start()
+
+    def run(self, job: str, *arguments: Any, size: int) -> list[Any]:
+        """What ``job`` returned in each of the first ``size`` processes."""
+        self.jobs += 1
+        place = str(Path(self.folder.name) / f"job-{self.jobs}")
+        for inbox in self.inboxes[:size]:
+            inbox.put((job, size, place, arguments))
+        results: list[Any] = [None] * size
+        errors = []
+        for _ in range(size):
+            try:
+                rank, result, error = self.outbox.get(timeout=LIMIT)
+            except queue.Empty:
+                raise AssertionError(f"{job}: a process hangs") from None
+            results[rank] = result
+            errors += [f"process {rank}: {error}"] if error else []
+        assert not errors, "\n".join(errors)
+        return results
+
+    def close(self) -> None:
+        for inbox in self.inboxes:
+            inbox.put(None)
+        for process in self.processes:
+            process.join(10)
+            process.kill()
+        self.folder.cleanup()
