@@ -609,7 +609,7 @@ def plain_guesses(model: Transformer, tokens: list[int], count: int) -> list[int
         following = text[1 + number :][: states.shape[1]]
         embedding = model.model.embed_tokens(torch.tensor([following]))
         context = model._context(0, states.shape[1], None, states.device)
-        out = model.mtp_modules[number].predict(states, embedding, context)
+        out = model.mtp_modules[number](states, embedding, context)
         text.append(int(model.lm_head(out[0, -1])[: BYTES.vocab_size].argmax()))
     return text[len(tokens) :]
 

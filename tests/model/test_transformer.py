@@ -186,7 +186,8 @@ def test_padded_batch_equals_transformers(generation: int, side: str):
     assert difference(ours[valid], theirs[valid]) <= 1e-5
     changed = torch.where(valid, tokens, (tokens + 1) % config.vocab_size)
     with torch.no_grad():
-        assert torch.equal(model(changed, valid=valid)[valid], ours[valid])  # what stands in the padding is not seen
+        seen = difference(model(changed, valid=valid)[valid], ours[valid])
+    assert seen <= 1e-6  # padding goes to other experts, whose products then have other shapes, but no more than that
 
 
 @pytest.mark.parametrize("generation", [2, 3])

@@ -142,16 +142,21 @@ def test_the_command_line_limits_them_and_a_run_records_them(data, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("amx", "width", "expected"),
+    ("probes", "vendor", "width", "expected"),
     [
-        (True, 512, torch.bfloat16),
-        (True, 32, torch.bfloat16),
-        (True, 16, torch.float32),  # so narrow that products are not what takes the time
-        (False, 512, torch.float32),  # AVX512-BF16 or not: without tiles BF16 is slower
+        (["_is_amx_tile_supported", "_is_avx512_bf16_supported"], "GenuineIntel", 512, torch.bfloat16),
+        (["_is_amx_tile_supported"], "GenuineIntel", 32, torch.bfloat16),
+        (["_is_amx_tile_supported"], "GenuineIntel", 16, torch.float32),  # products are not what takes the time
+        (["_is_avx512_bf16_supported"], "GenuineIntel", 512, torch.float32),  # slower in BF16
+        (["_is_avx512_bf16_supported"], "AuthenticAMD", 512, torch.bfloat16),
+        ([], "AuthenticAMD", 512, torch.float32),
+        ([], None, 512, torch.float32),  # /proc says nothing
     ],
 )
-def test_auto_takes_what_is_faster_on_a_cpu(monkeypatch, amx, width, expected):
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
+def test_auto_takes_what_is_faster_on_a_cpu(monkeypatch, probes, vendor, width, expected):
+    for probe in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
+        monkeypatch.setattr(torch.cpu, probe, lambda there=probe in probes: there, raising=False)
+    monkeypatch.setattr(hardware, "_cpu", {"vendor_id": vendor}.get)
     cpu = torch.device("cpu")
     assert resolve_dtype("auto", cpu, width) == expected
     assert resolve_dtype("bfloat16", cpu, width) == torch.bfloat16  # what is asked for is done

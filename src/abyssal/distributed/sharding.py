@@ -29,7 +29,6 @@ from torch.utils._pytree import SUPPORTED_NODES, register_dataclass
 from abyssal.distributed.experts import SpreadExperts
 from abyssal.distributed.mesh import Mesh
 from abyssal.model import Transformer
-from abyssal.model.block import MTPModule
 from abyssal.model.layers import RMSNorm
 from abyssal.model.moe import MoE
 from abyssal.model.router import Router, Routing
@@ -51,8 +50,6 @@ def shard(model: Transformer, mesh: Mesh, dtype: torch.dtype) -> None:
         if half:
             _shard([m for m in block.modules() if isinstance(m, RMSNorm | Router)], dense, mesh, False)
         _shard(block, dense, mesh, half)
-        if isinstance(block, MTPModule):
-            register_fsdp_forward_method(block, "predict")
     if half and not model.config.tie_word_embeddings:
         _shard(model.lm_head, dense, mesh, half, again=False)
     # What is left (embedding, last norm, head) stays gathered until the backward pass: the loss reads the head.

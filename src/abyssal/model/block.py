@@ -121,7 +121,7 @@ class MTPModule(Block):
         self.eh_proj = Linear(2 * config.hidden_size, config.hidden_size, bias=False)
         self.shared_head = nn.ModuleDict({"norm": RMSNorm(config.hidden_size, config.rms_norm_eps)})
 
-    def predict(
+    def forward(  # type: ignore[override]  # a block, but of two inputs
         self,
         hidden: Tensor,
         embedding: Tensor,
@@ -134,6 +134,6 @@ class MTPModule(Block):
     ) -> Tensor:
         """``hidden`` h_i and ``embedding`` of the token one further, both [B, T, D] -> hidden states for the head."""
         x = self.eh_proj(decode.join(self.enorm(embedding), self.hnorm(hidden)))
-        x = self.forward(x, context, cache=cache, valid=valid, recorder=recorder, recompute=recompute)
+        x = super().forward(x, context, cache=cache, valid=valid, recorder=recorder, recompute=recompute)
         out: Tensor = self.shared_head["norm"](x)
         return out

@@ -185,7 +185,7 @@ class Transformer(nn.Module):
         out = []
         for k, module in enumerate(self.mtp_modules, start=1):
             embedding = self.model.embed_tokens(tokens[:, k : k + count])
-            hidden = module.predict(hidden, embedding, context, valid=valid, recorder=recorder, recompute=recompute)
+            hidden = module(hidden, embedding, context, valid=valid, recorder=recorder, recompute=recompute)
             out.append(hidden)
         return out
 
@@ -199,7 +199,8 @@ class Transformer(nn.Module):
         positions are those of ``hidden``; the module keeps latents of its own, in the layer behind the main model's.
         """
         layer = cache.layers[self.config.num_hidden_layers + depth]
-        return self.mtp_modules[depth].predict(hidden, embedding, context, cache=layer)
+        out: Tensor = self.mtp_modules[depth](hidden, embedding, context, cache=layer)
+        return out
 
     def mtp_logits(self, tokens: Tensor) -> list[Tensor]:
         """Logits of each MTP module for ``tokens`` [B, T + depth]: [B, T, V] each, position i for token i + k + 1."""

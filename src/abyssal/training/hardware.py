@@ -14,6 +14,7 @@ import torch
 
 from abyssal.errors import UserError
 
+_AMD = "AuthenticAMD"
 _NARROW = 32  # hidden_size below which FP32 is faster on a CPU (benchmarks/precision.py)
 
 
@@ -32,15 +33,22 @@ def resolve_device(name: str, field: str = "training.device") -> torch.device:
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Whether the hardware is faster in BF16: a CPU with AMX, a GPU from Ampere on.
+    """Whether the hardware is faster in BF16: a CPU with AMX, AMD's with AVX512-BF16, a GPU from Ampere on.
 
-    AVX512-BF16 alone is not enough on a CPU: products then take 1.1 to 1.4 times as long as in FP32
-    (docs/performance.md).
+    Intel's AVX512-BF16 alone is not enough: steps then take 1.1 to 1.4 times as long as in FP32. On AMD's Zen 4 they
+    take 0.4 to 0.7 of it (docs/performance.md).
     """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    # torch.cpu's own probe has no public name yet and moved between releases; a missing one means "no".
-    return device.type == "cpu" and getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
+    if device.type != "cpu":
+        return False
+    return _probe("_is_amx_tile_supported") or (_probe("_is_avx512_bf16_supported") and _cpu("vendor_id") == _AMD)
+
+
+def _probe(name: str) -> bool:
+    """What torch found about the processor. Its probes have no public names yet, and move between releases: a missing
+    one means "no"."""
+    return bool(getattr(torch.cpu, name, lambda: False)())
 
 
 def resolve_dtype(name: str, device: torch.device, hidden_size: int | None = None) -> torch.dtype:
@@ -64,7 +72,7 @@ def check_compiler(device: torch.device, field: str = "training.compile") -> Non
 
 def describe(device: torch.device, dtype: torch.dtype) -> dict[str, object]:
     """What a run's figures depend on: device, dtype, threads, versions."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu("model name") or platform.processor() or platform.machine()
     return {
         "device": str(device),
         "device_name": name,
@@ -77,12 +85,13 @@ def describe(device: torch.device, dtype: torch.dtype) -> dict[str, object]:
     }
 
 
-def _cpu_name() -> str:
+def _cpu(field: str) -> str | None:
+    """What Linux says of the first processor."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
-            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+            return next(line.split(":", 1)[1].strip() for line in file if line.startswith(field))
     except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+        return None
 
 
 def suitable_threads(root: Path = Path("/")) -> int:
