@@ -16,7 +16,7 @@ from abyssal.config.parallel import ParallelConfig
 from abyssal.data.loader import Batch
 from abyssal.distributed.experts import SpreadExperts
 from abyssal.distributed.mesh import Mesh
-from abyssal.distributed.parts import as_divided, own_part
+from abyssal.distributed.parts import as_divided, matrices, own_part
 from abyssal.distributed.together import Alone, Together, local
 from abyssal.kernels.grouped import experts_reference
 from abyssal.model import Transformer
@@ -118,17 +118,22 @@ def whole(x: Tensor) -> Tensor:
     return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 
-def gradients(parallel: dict[str, Any], recompute: bool = False, tied: bool = False) -> dict[str, float]:
-    """The largest relative difference of a gradient in FP64, and what else the step says."""
+def gathered(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: whole(tensor) for name, tensor in matrices(tensors).items()}
+
+
+def gradients(parallel: dict[str, Any], recompute: bool = False, **changes: Any) -> dict[str, float]:
+    """The largest relative difference of a gradient in FP64, and what else the step says, of a model with
+    ``changes``."""
     together = together_for(parallel)
     found = []
     for who in (Alone(), together):
-        model = model_of(tie_word_embeddings=tied).double()
+        model = model_of(**changes).double()
         who.divide(model, torch.float32)
         step = step_of(model, who, recompute=recompute)
         step.optimizer.step = lambda scale: None  # so that gradients stay
         result = step([part_of(batch, who) for batch in batches_of(0)], LENGTH, 1e-3, 0.0)
-        found.append((result, {name: whole(p.grad) for name, p in model.named_parameters()}, model))
+        found.append((result, gathered({name: p.grad for name, p in model.named_parameters()}), model))
     (alone, right, one), (shared, mine, other) = found
     worst = max(float((mine[name] - grad).norm() / grad.norm()) for name, grad in right.items())
     assert mine.keys() == right.keys()
@@ -140,7 +145,7 @@ def gradients(parallel: dict[str, Any], recompute: bool = False, tied: bool = Fa
         "gradient": worst,
         "loss": abs(shared.loss / alone.loss - 1),
         "mtp": abs(shared.mtp_loss[0] / alone.mtp_loss[0] - 1),
-        "balance": abs(shared.balance_loss / alone.balance_loss - 1),
+        "balance": abs(shared.balance_loss - alone.balance_loss) / max(alone.balance_loss, 1e-9),
         "norm": abs(shared.grad_norm / alone.grad_norm - 1),
     }
 
@@ -176,7 +181,7 @@ def dispatch(choices: list[list[list[int]]]) -> float:
         x = torch.randn(n, config.hidden_size, generator=generator, dtype=torch.float64)
         weights = torch.rand(n, k, generator=generator, dtype=torch.float64)
         everything.append((x, torch.tensor(mine, dtype=torch.int64).view(n, k), weights))
-    spread = SpreadExperts(experts, together.mesh.experts["expert"])
+    spread = SpreadExperts(experts, together.mesh.experts["expert", "tensor"])
     x, indices, weights = everything[rank]
     x, weights = x.clone().requires_grad_(), weights.clone().requires_grad_()
     out = spread(x, indices, weights)
@@ -206,11 +211,12 @@ def parts(parallel: dict[str, Any]) -> bool:
     right, together = model_of(), together_for(parallel)
     model = model_of()
     together.divide(model, torch.float32)
-    for name, parameter in model.named_parameters():
-        mine = own_part(right.get_parameter(name), parameter)
+    wholes = matrices(dict(right.named_parameters()))
+    for name, parameter in matrices(dict(model.named_parameters())).items():
+        mine = own_part(wholes[name], parameter)
         assert torch.equal(local(parameter), mine), name
         again = as_divided(mine.detach().clone(), parameter)
-        assert torch.equal(whole(again), right.get_parameter(name)), name
+        assert torch.equal(whole(again), wholes[name]), name
     return True
 
 
@@ -225,7 +231,7 @@ def save(parallel: dict[str, Any], folder: str) -> bool:
         Path(folder).mkdir()
         (Path(folder) / "config.json").write_text(config_to_json(model.config, torch.float32))
     dist.barrier()
-    sharded.write(tensors, Path(folder))
+    sharded.write(matrices(tensors), Path(folder))
     return True
 
 
@@ -238,9 +244,11 @@ def restore(parallel: dict[str, Any], folder: str) -> bool:
     together.divide(model, torch.float32)
     twice = {name: torch.zeros_like(parameter) for name, parameter in model.named_parameters()}
     tensors = dict(model.state_dict()) | {f"optimizer.twice.{name}": tensor for name, tensor in twice.items()}
-    sharded.read(tensors, Path(folder))
-    for name, tensor in right.state_dict().items():
-        assert torch.equal(whole(model.state_dict()[name]), tensor), name
-    for name, tensor in twice.items():
-        assert torch.equal(whole(tensor), 2 * right.get_parameter(name)), name
+    sharded.read(matrices(tensors), Path(folder))
+    mine = gathered(dict(model.state_dict()))
+    for name, tensor in matrices(right.state_dict()).items():
+        assert torch.equal(mine[name], tensor), name
+    mine = gathered(twice)
+    for name, tensor in matrices(dict(right.named_parameters())).items():
+        assert torch.equal(mine[name], 2 * tensor), name
     return True

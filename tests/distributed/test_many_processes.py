@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import torch.distributed as dist
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from jobs import model_of
+from jobs import CONFIG, model_of
 from workers import Workers
 
 from abyssal.checkpoint import load_model, sharded
@@ -28,11 +29,16 @@ LAYOUTS: list[dict[str, Any]] = [
     {"replicate": 2, "shard": 2, "expert": 2},
     {"replicate": 2, "shard": 2, "expert": 4},
     {"shard": 4, "expert": 2},
+    {"tensor": 2},
+    {"tensor": 4},
+    {"tensor": 2, "shard": 2},
+    {"tensor": 2, "replicate": 2},
+    {"tensor": 2, "shard": 2, "expert": 2},
 ]
 
 
 def size(layout: dict[str, Any]) -> int:
-    return int(layout.get("shard", 1)) * int(layout.get("replicate", 1))
+    return math.prod(int(layout.get(axis, 1)) for axis in ("shard", "replicate", "tensor"))
 
 
 def named(layout: dict[str, Any]) -> str:
@@ -46,22 +52,37 @@ def test_gradients_are_those_of_one_process(workers: Workers, layout: dict[str, 
         assert max(found.values()) < 1e-6  # figures are FP32
 
 
-@pytest.mark.parametrize(("recompute", "tied"), [(True, False), (False, True)])
-def test_gradients_recomputed_and_tied(workers: Workers, recompute: bool, tied: bool) -> None:
-    for found in workers.run("gradients", {"shard": 2, "expert": 2}, recompute, tied, size=2):
+MLA = CONFIG["attention"]
+OTHERS: list[dict[str, Any]] = [
+    {"recompute": True},
+    {"tie_word_embeddings": True},
+    {"attention": MLA | {"q_lora_rank": None, "bias": True}},
+    {"attention": {"kind": "mha", "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "bias": True}},
+    {"moe": CONFIG["moe"] | {"n_shared_experts": 0}},
+    {"moe": None},
+]
+
+
+@pytest.mark.parametrize("layout", [{"shard": 2, "expert": 2}, {"tensor": 2}], ids=named)
+@pytest.mark.parametrize("change", OTHERS, ids=lambda change: next(iter(change)))
+def test_gradients_of_other_models(workers: Workers, layout: dict[str, Any], change: dict[str, Any]) -> None:
+    if change.get("moe", layout) is None:
+        layout = {key: many for key, many in layout.items() if key != "expert"}
+    for found in workers.run("gradients", layout, size=2, **change):
         assert found["gradient"] < 1e-9
 
 
-@pytest.mark.parametrize("layout", [{"shard": 2}, {"replicate": 2, "expert": 2}], ids=named)
+@pytest.mark.parametrize("layout", [{"shard": 2}, {"replicate": 2, "expert": 2}, {"tensor": 2}], ids=named)
 def test_losses_do_not_drift(workers: Workers, layout: dict[str, Any]) -> None:
     for one, many in workers.run("losses", layout, 20, size=2):
         assert one[-1] < one[0]
         assert max(abs(b / a - 1) for a, b in zip(one, many, strict=True)) < 1e-5
 
 
-def test_bfloat16_trains_alike(workers: Workers) -> None:
+@pytest.mark.parametrize("layout", [{"shard": 2, "expert": 2}, {"tensor": 2}], ids=named)
+def test_bfloat16_trains_alike(workers: Workers, layout: dict[str, Any]) -> None:
     """Sums are taken in another order and rounded: the same to BF16's precision."""
-    for one, many in workers.run("losses", {"shard": 2, "expert": 2}, 10, "bfloat16", size=2):
+    for one, many in workers.run("losses", layout, 10, "bfloat16", size=2):
         assert max(abs(b / a - 1) for a, b in zip(one, many, strict=True)) < 0.02
 
 
@@ -83,23 +104,29 @@ def test_dispatch_is_the_plain_account(workers: Workers, choices: list[list[list
     assert max(workers.run("dispatch", choices[:many], size=many)) < 1e-12
 
 
-@pytest.mark.parametrize("layout", [LAYOUTS[3], LAYOUTS[7], LAYOUTS[9]], ids=named)
+@pytest.mark.parametrize("layout", [LAYOUTS[3], LAYOUTS[7], LAYOUTS[9], LAYOUTS[-1]], ids=named)
 def test_every_process_has_its_part(workers: Workers, layout: dict[str, Any]) -> None:
     assert all(workers.run("parts", layout, size=size(layout)))
 
 
 def test_checkpoints_are_read_under_any_layout(workers: Workers, tmp_path: Path) -> None:
-    written = [({"shard": 2, "expert": 2}, 2), ({"replicate": 2, "shard": 2}, 4)]
+    written = [({"shard": 2, "expert": 2}, 2), ({"replicate": 2, "shard": 2}, 4), ({"tensor": 2, "shard": 2}, 4)]
     for number, (layout, many) in enumerate(written):
         folder = tmp_path / str(number)
         assert all(workers.run("save", layout, str(folder), size=many))
-        for other in ({"shard": 4, "expert": 4}, {"replicate": 2}, {"shard": 2, "gather": "once"}):
+        for other in (
+            {"shard": 4, "expert": 4},
+            {"replicate": 2},
+            {"tensor": 2, "shard": 2, "expert": 2},
+            {"tensor": 4},
+        ):
             assert all(workers.run("restore", other, str(folder), size=size(other)))
 
 
-def test_a_checkpoint_is_gathered_whole(workers: Workers, tmp_path: Path) -> None:
+@pytest.mark.parametrize("layout", [{"shard": 4, "expert": 2}, {"tensor": 2, "shard": 2, "expert": 2}], ids=named)
+def test_a_checkpoint_is_gathered_whole(workers: Workers, tmp_path: Path, layout: dict[str, Any]) -> None:
     folder, right = tmp_path / "parts", model_of().state_dict()
-    workers.run("save", {"shard": 4, "expert": 2}, str(folder), size=4)
+    workers.run("save", layout, str(folder), size=4)
     assert sharded.is_sharded(folder)
     sharded.gather(folder)
     model = load_model(folder)

@@ -21,14 +21,14 @@ LIMIT = 240.0  # seconds until a job counts as hung
 def _serve(rank: int, inbox: Any, outbox: Any) -> None:
     torch.set_num_threads(1)
     while (order := inbox.get()) is not None:
-        job, size, meeting_place, arguments = order
+        job, size, meeting_place, arguments, options = order
         try:
             store = dist.FileStore(meeting_place, size)
             dist.init_process_group(
                 "gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=LIMIT / 2)
             )
             try:
-                outbox.put((rank, getattr(importlib.import_module("jobs"), job)(*arguments), None))
+                outbox.put((rank, getattr(importlib.import_module("jobs"), job)(*arguments, **options), None))
             finally:
                 dist.destroy_process_group()
         except BaseException:
@@ -50,12 +50,12 @@ class Workers:
         for process in self.processes:
             process.start()
 
-    def run(self, job: str, *arguments: Any, size: int) -> list[Any]:
+    def run(self, job: str, *arguments: Any, size: int, **options: Any) -> list[Any]:
         """What ``job`` returned in each of the first ``size`` processes."""
         self.jobs += 1
         place = str(Path(self.folder.name) / f"job-{self.jobs}")
         for inbox in self.inboxes[:size]:
-            inbox.put((job, size, place, arguments))
+            inbox.put((job, size, place, arguments, options))
         results: list[Any] = [None] * size
         errors = []
         for _ in range(size):

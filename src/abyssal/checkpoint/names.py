@@ -20,7 +20,7 @@ SCALE = "_scale_inv"
 BIAS = ".e_score_correction_bias"
 _STACKED = re.compile(r"(.*\.mlp\.experts\.)(gate_up|down)_(proj|scale_inv)$")
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.*)")
-_EXPERT = re.compile(r"(.*\.mlp\.experts\.)\d+\.(gate|up|down)_proj\.weight$")
+_EXPERT = re.compile(r"(.*\.mlp\.experts\.)(\d+)\.(gate|up|down)_proj\.weight$")
 
 
 def disk_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -46,7 +46,14 @@ def stacked_name(name: str) -> str:
     match = _EXPERT.match(name)
     if not match:
         return name
-    return match[1] + ("down_proj" if match[2] == "down" else "gate_up_proj")
+    return match[1] + ("down_proj" if match[3] == "down" else "gate_up_proj")
+
+
+def stacked_matrix(name: str) -> tuple[str, int | None]:
+    """Name of all experts' matrices stacked, [E, …], of which the published ``name`` is one, and which; any other name,
+    and None."""
+    match = _EXPERT.match(name)
+    return (f"{match[1]}{match[3]}_proj", int(match[2])) if match else (name, None)
 
 
 def layer_of(name: str) -> int | None:

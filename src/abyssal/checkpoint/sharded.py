@@ -1,8 +1,9 @@
 """Checkpoints that every process writes its part of, and that any number of processes can read
 (torch.distributed.checkpoint). The files are safetensors: nothing in them is executed when they are read.
 
-Tensors have the names that they have in memory: a layer's experts are two, as the model keeps them, and an optimizer's
-state is ``optimizer.{key}.{parameter}``. :func:`gather` writes the published layout beside them, for everyone else.
+Tensors have the names that they have in memory, but for a layer's experts: three stacked matrices, gate_proj and
+up_proj [E, F, D] and down_proj [E, D, F], of which processes can have any part. An optimizer's state is
+``optimizer.{key}.{parameter}``. :func:`gather` writes the published layout beside them, for everyone else.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from abyssal.checkpoint.atomic import PARTIAL
-from abyssal.checkpoint.names import disk_tensors, stacked_name
+from abyssal.checkpoint.names import disk_tensors, stacked_matrix
 from abyssal.checkpoint.shards import WEIGHTS
 from abyssal.checkpoint.writer import Entry, write_shard
 from abyssal.config import read_config
@@ -94,16 +95,12 @@ def gather(folder: Path) -> None:
         return
     with torch.device("meta"):
         model = Transformer(read_config(folder))
-    wholes = dict(model.state_dict())
     entries = [Entry(name, torch.float32, tuple(tensor.shape)) for name, tensor in disk_tensors(model)]
     partial = target.with_name(f"{WEIGHTS}.{os.getpid()}{PARTIAL}")
     try:
         with ExitStack() as stack:
             pieces = _pieces(folder, stack)
-            tensors = (
-                (name, _region(pieces, stacked_name(name), wholes[stacked_name(name)], tensor))
-                for name, tensor in disk_tensors(model)
-            )
+            tensors = ((name, _read(pieces, name, list(tensor.shape))) for name, tensor in disk_tensors(model))
             write_shard(partial, entries, tensors)
         os.replace(partial, target)
     except SafetensorError as error:
@@ -133,13 +130,10 @@ def _pieces(folder: Path, stack: ExitStack) -> dict[str, list[_Piece]]:
     return found
 
 
-def _region(pieces: dict[str, list[_Piece]], name: str, whole: Tensor, view: Tensor) -> Tensor:
-    """What ``view`` shows of ``whole`` (both on the meta device), read from the pieces of ``name``."""
-    # A published tensor is a whole one, or some rows of one expert in a stack.
-    first = view.storage_offset() - whole.storage_offset()
-    expert, row = divmod(first // whole.shape[-1], whole.shape[-2]) if view.dim() < whole.dim() else (0, 0)
-    shape = list(view.shape) if view.dim() == whole.dim() else [1, *view.shape]
-    begin = [0] * whole.dim() if view.dim() == whole.dim() else [expert, row, 0]
+def _read(pieces: dict[str, list[_Piece]], published: str, size: list[int]) -> Tensor:
+    """The ``published`` tensor of ``size``, from the pieces of what holds it."""
+    name, expert = stacked_matrix(published)
+    shape, begin = (size, [0] * len(size)) if expert is None else ([1, *size], [expert, 0, 0])
     out, filled = torch.empty(shape, dtype=torch.float32), 0
     for piece in pieces.get(name, ()):
         spans = list(_overlap(begin, shape, piece))
@@ -153,7 +147,7 @@ def _region(pieces: dict[str, list[_Piece]], name: str, whole: Tensor, view: Ten
         raise UserError(
             f"{name}: the checkpoint's parts have {filled:,} of its {out.numel():,} numbers; some are missing"
         )
-    return out.view(view.shape)
+    return out.view(size)
 
 
 def _overlap(begin: list[int], shape: list[int], piece: _Piece) -> Iterator[tuple[int, int]]:

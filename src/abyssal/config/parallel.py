@@ -106,6 +106,10 @@ class ParallelConfig(Config):
     def _check_tensor(self, model: ModelConfig) -> None:
         if self.tensor == 1:
             return
+        if model.attention.kind not in ("mla", "mha"):
+            raise UserError(
+                f"parallel.tensor: {self.tensor}: not with attention.kind {model.attention.kind}; expected 1"
+            )
         widths = {"num_attention_heads": model.attention.num_attention_heads, "vocab_size": model.vocab_size}
         if model.attention.kind == "mha":
             widths["num_key_value_heads"] = model.attention.num_key_value_heads

@@ -34,6 +34,72 @@ def _exchanged(rows: Tensor, sent: list[int], received: list[int], group: dist.P
     return out
 
 
+class _Copied(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup, columns: int | None) -> Tensor:
+        ctx.group, ctx.columns = group, columns
+        return x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (grad,), columns = grads, ctx.columns
+        if columns is None:
+            return _reduced(grad, ctx.group), None, None
+        return torch.cat((grad[..., :-columns], _reduced(grad[..., -columns:], ctx.group)), dim=-1), None, None
+
+
+class _Summed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        return _reduced(x, group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
+class _Joined(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.rank, ctx.size = dist.get_rank(group), x.shape[-1]
+        parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(parts, x.contiguous(), group=group)
+        return torch.cat(parts, dim=-1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0].narrow(-1, ctx.rank * ctx.size, ctx.size), None
+
+
+def _reduced(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    total = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total, group=group)
+    return total
+
+
+def copied(x: Tensor, group: dist.ProcessGroup, columns: int | None = None) -> Tensor:
+    """``x``, which is the same on everyone and goes into a different part of the work on each: its gradient is the sum
+    of everyone's. ``columns``: that holds for the last so many of its columns, the others' work is the same
+    everywhere."""
+    out: Tensor = _Copied.apply(x, group, columns)
+    return out
+
+
+def summed(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The sum of everyone's ``x``. What follows is the same work on everyone, so the gradient is what comes back."""
+    out: Tensor = _Summed.apply(x, group)
+    return out
+
+
+def joined(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Everyone's ``x`` [..., n] side by side, [..., P·n]; what follows is the same work on everyone."""
+    out: Tensor = _Joined.apply(x, group)
+    return out
+
+
 def exchange(rows: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
     """``rows`` [Σ sent, …], of which process i of the group gets the next ``sent[i]`` -> [Σ received, …], of which
     ``received[i]`` come from process i."""

@@ -15,35 +15,41 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard
 
 from abyssal.distributed.collectives import exchange
+from abyssal.distributed.together import local
 from abyssal.kernels import grouped
 from abyssal.kernels.backend import product_dtype
 from abyssal.model.moe import Experts
 
 
-def local(parameter: Tensor) -> Tensor:
-    """This process's part of ``parameter``, with its gradient."""
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
-
-
 class SpreadExperts(Experts):
-    """:class:`Experts` of which each process of ``mesh`` (one axis) holds E / P, in order.
+    """:class:`Experts` of which each process of ``mesh`` holds E / P along the axis ``expert``, in order, and of these
+    F / P' columns of their width along the axis ``tensor``: then what comes out is this process's summand.
 
-    ``gate_up_proj`` [E, 2F, D] and ``down_proj`` [E, D, F] are DTensors, sharded by their first dimension.
+    ``gate_up_proj`` [E, 2F, D] and ``down_proj`` [E, D, F] are DTensors, sharded by their first dimension and by the
+    one that has F in it. Of gate and up each process has the same columns, so the rows of the former are not in the
+    order of the whole one (:func:`abyssal.distributed.parts.matrices`).
     """
 
     def __init__(self, whole: Experts, mesh: DeviceMesh) -> None:
         nn.Module.__init__(self)
-        self.group, self.spread = mesh.get_group(), mesh.size()
+        self.group, self.spread = mesh.get_group("expert"), mesh["expert"].size()
         self.total = whole.gate_up_proj.shape[0]
-        for name, parameter in whole.named_parameters():
-            part = distribute_tensor(parameter.data, mesh, [Shard(0)])
-            setattr(self, name, nn.Parameter(part, requires_grad=parameter.requires_grad))
+        ways, way = mesh["tensor"].size(), mesh.get_local_rank("tensor")
+        gate, up = whole.gate_up_proj.detach().chunk(2, dim=1)
+        own = torch.cat((gate.chunk(ways, 1)[way], up.chunk(ways, 1)[way]), dim=1)
+        parts = {"gate_up_proj": (own, 1), "down_proj": (whole.down_proj.detach().chunk(ways, 2)[way], 2)}
+        for name, (part, dim) in parts.items():
+            here = part.chunk(self.spread)[mesh.get_local_rank("expert")].clone(memory_format=torch.contiguous_format)
+            divided = DTensor.from_local(here, mesh, [Shard(0), Shard(dim)], run_check=False)
+            setattr(self, name, nn.Parameter(divided, requires_grad=whole.get_parameter(name).requires_grad))
 
     def forward(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         """As :meth:`Experts.forward`; every process of the group has to call it, each with its own tokens."""
+        if self.spread == 1:
+            return self.through(x, indices, weights, self.total)
         here = self.total // self.spread
         where = grouped.plan_without_padding(indices, self.total)
         counts = _counts(where, self.total)

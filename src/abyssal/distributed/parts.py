@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from abyssal.distributed.together import local
+
+_GATE_UP = ".experts.gate_up_proj"
 
 
 def own_part(whole: Tensor, parameter: Tensor) -> Tensor:
@@ -29,3 +36,24 @@ def as_divided(part: Tensor, parameter: Tensor) -> Tensor:
         parameter.stride(),
     )
     return DTensor.from_local(part, mesh, placements, run_check=False, shape=shape, stride=stride)
+
+
+def matrices(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """``tensors`` with an experts' gate_up_proj [E, 2F, D] as two, gate_proj and up_proj [E, F, D], which share its
+    memory. Divided by width, it has this process's columns of both: the two can be put together in one order only."""
+    out: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if not name.endswith(_GATE_UP) or tensor.dim() < 3:
+            out[name] = tensor
+            continue
+        for which, part in zip(("gate_proj", "up_proj"), local(tensor).chunk(2, dim=1), strict=True):
+            out[name.removesuffix("gate_up_proj") + which] = _half(part, tensor)
+    return out
+
+
+def _half(part: Tensor, of: Tensor) -> Tensor:
+    if not isinstance(of, DTensor):
+        return part
+    shape = torch.Size((of.shape[0], of.shape[1] // 2, of.shape[2]))
+    stride = (shape[1] * shape[2], shape[2], 1)
+    return DTensor.from_local(part, of.device_mesh, of.placements, run_check=False, shape=shape, stride=stride)

@@ -19,6 +19,11 @@ IGNORED = -100
 _CHUNK_VALUES = 2**24  # logits at a time: 32 MB in BF16; at least 256 rows, for the sake of the products
 
 
+def rows_at_a_time(weight: Tensor) -> int:
+    """How many positions' logits by the head ``weight`` [V, D] stand in memory at once."""
+    return max(_CHUNK_VALUES // max(weight.shape[0], 1), 256)
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -83,8 +88,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, chu
     ``hidden`` [N, D], ``weight`` [V, D], ``targets`` [N] int64 with -100 where nothing is predicted. Products run in
     the autocast dtype where autocast is on, else in ``hidden``'s; softmax and sums in FP32 (FP64 for FP64 input).
     """
-    if chunk is None:
-        chunk = max(_CHUNK_VALUES // weight.shape[0], 256)
+    chunk = chunk or rows_at_a_time(weight)
     dtype = product_dtype(hidden)
     # Asked here: inside an autograd function gradients are off, and a weight under no_grad still says requires_grad.
     enabled = torch.is_grad_enabled()
@@ -140,6 +144,6 @@ def linear_token_nats(hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk:
     by more than one number, as preferences do: the logits are worked out anew in the backward pass.
     """
     dtype = product_dtype(hidden)
-    rows = chunk or max(_CHUNK_VALUES // max(weight.shape[0], 1), 256)
-    out: Tensor = _LinearTokenNats.apply(hidden, weight, targets, dtype, rows)
+    chunk = chunk or rows_at_a_time(weight)
+    out: Tensor = _LinearTokenNats.apply(hidden, weight, targets, dtype, chunk)
     return out

@@ -72,7 +72,11 @@ def check_compiler(device: torch.device, field: str = "training.compile") -> Non
 
 def describe(device: torch.device, dtype: torch.dtype) -> dict[str, object]:
     """What a run's figures depend on: device, dtype, threads, versions."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu("model name") or platform.processor() or platform.machine()
+    name = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else _cpu("model name") or platform.processor() or platform.machine()
+    )
     return {
         "device": str(device),
         "device_name": name,

@@ -65,9 +65,8 @@ def compute_losses(
     if mtp and model.mtp_modules:
         tokens = batch.tokens[:, : length + len(model.mtp_modules)]
         hidden += model.mtp_hidden(hidden[0], tokens, documents=documents, recorder=recorder, recompute=recompute)
-    head = head_weight(model)
     nats = [
-        _cross_entropy(h.flatten(0, 1), head, targets(batch, length, depth).flatten(), batch)
+        _cross_entropy(model, h.flatten(0, 1), targets(batch, length, depth).flatten(), batch)
         for depth, h in enumerate(hidden)
     ]
     return Losses(nats, count_targets(batch, length, len(hidden) - 1) if counts is None else counts)
@@ -80,19 +79,26 @@ def head_weight(model: Transformer) -> Tensor:
     return dense_weight(model.lm_head, model.model.embed_tokens.weight.dtype)
 
 
-def _cross_entropy(hidden: Tensor, head: Tensor, wanted: Tensor, batch: Batch) -> Tensor:
+def _cross_entropy(model: Transformer, hidden: Tensor, wanted: Tensor, batch: Batch) -> Tensor:
     """Over ``hidden`` [N, D] and ``wanted`` [N]. Where prompts are not learned, the head is spared them."""
     if batch.learned is None or wanted.device.type != "cpu":  # on a GPU, looking would stop the device
-        return linear_cross_entropy(hidden, head, wanted)
+        return _nats(model, hidden, wanted)
     rows = (wanted != IGNORED).nonzero().squeeze(1)
     # In steps of 256: each new shape costs a BF16 product more than a few rows too many.
     spare = -len(rows) % _ROWS
     if not 0 < len(rows) + spare < len(wanted):
-        return linear_cross_entropy(hidden, head, wanted)
+        return _nats(model, hidden, wanted)
     padded = torch.cat((rows, rows.new_zeros(spare)))
     some = wanted[padded]
     some[len(rows) :] = IGNORED
-    return linear_cross_entropy(hidden[padded], head, some)
+    return _nats(model, hidden[padded], some)
+
+
+def _nats(model: Transformer, hidden: Tensor, wanted: Tensor) -> Tensor:
+    if (own := getattr(model.lm_head, "nats", None)) is not None:  # a head divided among processes
+        nats: Tensor = own(hidden, wanted)
+        return nats
+    return linear_cross_entropy(hidden, head_weight(model), wanted)
 
 
 def documents_apart(batch: Batch, length: int) -> Tensor | None:

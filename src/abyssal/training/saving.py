@@ -88,8 +88,10 @@ def resume(trainer: Trainer, step: int) -> None:
 
 def _everything(trainer: Trainer, balancers: bool = True) -> dict[str, Tensor]:
     """Weights, the optimizer's state and the balancers' under the names of sharded checkpoints."""
+    from abyssal.distributed.parts import matrices
+
     tensors = {name: tensor.detach() for name, tensor in trainer.model.state_dict().items()}
-    return tensors | _optimizer(trainer) | (_balancers(trainer) if balancers else {})
+    return matrices(tensors | _optimizer(trainer)) | (_balancers(trainer) if balancers else {})
 
 
 def _trained(trainer: Trainer) -> list[tuple[str, nn.Parameter]]:
@@ -115,19 +117,20 @@ def _balancers(trainer: Trainer) -> dict[str, Tensor]:
 
 
 def _take_optimizer(trainer: Trainer, tensors: dict[str, Tensor], file: Path) -> None:
-    for name, parameter in _trained(trainer):
-        for key, own in trainer.optimizer.state[parameter].items():
-            stored = tensors.get(f"optimizer.{key}.{name}")
-            if stored is None:
-                raise UserError(f"{file}: no optimizer.{key}.{name}")
-            if key != "step" and stored.shape == parameter.shape:
-                stored = trainer.together.own(stored, parameter)
-            if (stored.shape, stored.dtype) != (own.shape, own.dtype):
-                raise UserError(
-                    f"{file}: optimizer.{key}.{name}: {stored.dtype} {list(stored.shape)}, "
-                    f"expected {own.dtype} {list(own.shape)}"
-                )
-            own.copy_(stored)
+    own = _optimizer(trainer)
+    if trainer.together.sharded:
+        from abyssal.distributed.parts import matrices
+
+        own, tensors = matrices(own), matrices(tensors)
+    for name, mine in own.items():
+        stored = tensors.get(name)
+        if stored is None:
+            raise UserError(f"{file}: no {name}")
+        if (stored.shape, stored.dtype) != (mine.shape, mine.dtype):
+            raise UserError(
+                f"{file}: {name}: {stored.dtype} {list(stored.shape)}, expected {mine.dtype} {list(mine.shape)}"
+            )
+        local(mine).copy_(trainer.together.own(stored, mine))
 
 
 def _take_balancers(trainer: Trainer, tensors: dict[str, Tensor]) -> None:
@@ -140,8 +143,8 @@ def _take_balancers(trainer: Trainer, tensors: dict[str, Tensor]) -> None:
 @torch.no_grad()
 def _take_parts(model: nn.Module, whole: nn.Module) -> None:
     """Fills ``model``, which processes share, from ``whole``."""
-    from abyssal.distributed.parts import own_part
+    from abyssal.distributed.parts import matrices, own_part
 
-    theirs = whole.state_dict()
-    for name, tensor in model.state_dict().items():
+    theirs = matrices(whole.state_dict())
+    for name, tensor in matrices(model.state_dict()).items():
         local(tensor).copy_(own_part(theirs[name], tensor))

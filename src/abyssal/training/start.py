@@ -157,9 +157,11 @@ def _join(recipe: RunRecipe) -> Alone:
     )
     if parallel.alone:
         return Alone()
-    for axis in ("context", "tensor", "pipeline"):
+    for axis in ("context", "pipeline"):
         if getattr(parallel, axis) > 1:
             raise UserError(f"parallel.{axis}: {getattr(parallel, axis)}: this axis is not built yet; expected 1")
+    if t.compile and parallel.tensor > 1:
+        raise UserError("training.compile: true: not together with parallel.tensor; expected false")
     if t.fp8:
         raise UserError("training.fp8: true: not together with several processes yet; expected false")
     if recipe.optimizer.name != "adamw" or recipe.optimizer.state == "8bit":
