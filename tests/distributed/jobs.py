@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,7 @@ def batches_of(step: int, count: int = 2) -> list[Batch]:
 
 def part_of(batch: Batch, together: Alone) -> Batch:
     rows = slice(together.part * ROWS // together.parts, (together.part + 1) * ROWS // together.parts)
-    return Batch(batch.tokens[rows], batch.documents[rows])
+    return together.own_part(replace(batch, tokens=batch.tokens[rows], documents=batch.documents[rows]), LENGTH)
 
 
 BALANCE = BalanceConfig.model_validate(
@@ -122,7 +123,9 @@ def gathered(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: whole(tensor) for name, tensor in matrices(tensors).items()}
 
 
-def gradients(parallel: dict[str, Any], recompute: bool = False, **changes: Any) -> dict[str, float]:
+def gradients(
+    parallel: dict[str, Any], recompute: bool = False, isolated: bool = False, **changes: Any
+) -> dict[str, float]:
     """The largest relative difference of a gradient in FP64, and what else the step says, of a model with
     ``changes``."""
     together = together_for(parallel)
@@ -132,7 +135,8 @@ def gradients(parallel: dict[str, Any], recompute: bool = False, **changes: Any)
         who.divide(model, torch.float32)
         step = step_of(model, who, recompute=recompute)
         step.optimizer.step = lambda scale: None  # so that gradients stay
-        result = step([part_of(batch, who) for batch in batches_of(0)], LENGTH, 1e-3, 0.0)
+        batches = [replace(batch, isolated=isolated) for batch in batches_of(0)]
+        result = step([part_of(batch, who) for batch in batches], LENGTH, 1e-3, 0.0)
         found.append((result, gathered({name: p.grad for name, p in model.named_parameters()}), model))
     (alone, right, one), (shared, mine, other) = found
     worst = max(float((mine[name] - grad).norm() / grad.norm()) for name, grad in right.items())

@@ -34,11 +34,16 @@ LAYOUTS: list[dict[str, Any]] = [
     {"tensor": 2, "shard": 2},
     {"tensor": 2, "replicate": 2},
     {"tensor": 2, "shard": 2, "expert": 2},
+    {"context": 2},
+    {"context": 4},
+    {"context": 2, "expert": 2},
+    {"context": 2, "shard": 2, "expert": 4},
+    {"context": 2, "tensor": 2},
 ]
 
 
 def size(layout: dict[str, Any]) -> int:
-    return math.prod(int(layout.get(axis, 1)) for axis in ("shard", "replicate", "tensor"))
+    return math.prod(int(layout.get(axis, 1)) for axis in ("shard", "replicate", "tensor", "context"))
 
 
 def named(layout: dict[str, Any]) -> str:
@@ -55,6 +60,7 @@ def test_gradients_are_those_of_one_process(workers: Workers, layout: dict[str, 
 MLA = CONFIG["attention"]
 OTHERS: list[dict[str, Any]] = [
     {"recompute": True},
+    {"isolated": True},
     {"tie_word_embeddings": True},
     {"attention": MLA | {"q_lora_rank": None, "bias": True}},
     {"attention": {"kind": "mha", "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "bias": True}},
@@ -63,7 +69,7 @@ OTHERS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("layout", [{"shard": 2, "expert": 2}, {"tensor": 2}], ids=named)
+@pytest.mark.parametrize("layout", [{"shard": 2, "expert": 2}, {"tensor": 2}, {"context": 2}], ids=named)
 @pytest.mark.parametrize("change", OTHERS, ids=lambda change: next(iter(change)))
 def test_gradients_of_other_models(workers: Workers, layout: dict[str, Any], change: dict[str, Any]) -> None:
     if change.get("moe", layout) is None:
@@ -72,7 +78,9 @@ def test_gradients_of_other_models(workers: Workers, layout: dict[str, Any], cha
         assert found["gradient"] < 1e-9
 
 
-@pytest.mark.parametrize("layout", [{"shard": 2}, {"replicate": 2, "expert": 2}, {"tensor": 2}], ids=named)
+@pytest.mark.parametrize(
+    "layout", [{"shard": 2}, {"replicate": 2, "expert": 2}, {"tensor": 2}, {"context": 2}], ids=named
+)
 def test_losses_do_not_drift(workers: Workers, layout: dict[str, Any]) -> None:
     for one, many in workers.run("losses", layout, 20, size=2):
         assert one[-1] < one[0]

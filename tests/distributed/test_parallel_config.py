@@ -51,6 +51,31 @@ def test_experts_need_a_model_that_has_them() -> None:
         check(ModelConfig.model_validate(CONFIG | {"moe": None}), shard=2, expert=2)
 
 
+STUDIES: list[dict[str, Any]] = [
+    {
+        "attention": {
+            "kind": "separate_latents",
+            "num_attention_heads": 4,
+            "k_lora_rank": 16,
+            "v_lora_rank": 16,
+            "q_lora_rank": 12,
+            "qk_nope_head_dim": 8,
+            "qk_rope_head_dim": 4,
+            "v_head_dim": 8,
+        }
+    },
+    {"moe": CONFIG["moe"] | {"segments": 2}},
+]
+
+
+@pytest.mark.parametrize(("changes", "axes"), [(STUDIES[0], ["tensor", "context"]), (STUDIES[1], ["tensor"])])
+def test_studies_are_not_divided_within_a_layer(changes: dict[str, Any], axes: list[str]) -> None:
+    model = ModelConfig.model_validate(CONFIG | changes)
+    for axis in axes:
+        with pytest.raises(UserError, match=f"parallel.{axis}: 2: not with"):
+            check(model, **{axis: 2})
+
+
 def test_places_are_all_different_and_tensor_changes_fastest() -> None:
     parallel = ParallelConfig(replicate=2, shard=3, context=2, tensor=2, pipeline=2)
     places = [Place.of(rank, parallel) for rank in range(parallel.world)]

@@ -80,7 +80,18 @@ class ParallelConfig(Config):
             )
         if self.pipeline > model.num_hidden_layers:
             raise UserError(f"parallel.pipeline: {self.pipeline} stages are more than {model.num_hidden_layers} layers")
+        self._check_variants(model)
         self._check_tensor(model)
+
+    def _check_variants(self, model: ModelConfig) -> None:
+        for axis in ("context", "tensor"):
+            if getattr(self, axis) > 1 and model.attention.kind not in ("mla", "mha"):
+                raise UserError(
+                    f"parallel.{axis}: {getattr(self, axis)}: not with attention.kind {model.attention.kind}; "
+                    "expected 1"
+                )
+        if self.tensor > 1 and model.moe is not None and model.moe.segments > 1:
+            raise UserError(f"parallel.tensor: {self.tensor}: not with moe.segments {model.moe.segments}; expected 1")
 
     def _check_experts(self, model: ModelConfig) -> None:
         if self.expert == 1:
@@ -106,10 +117,6 @@ class ParallelConfig(Config):
     def _check_tensor(self, model: ModelConfig) -> None:
         if self.tensor == 1:
             return
-        if model.attention.kind not in ("mla", "mha"):
-            raise UserError(
-                f"parallel.tensor: {self.tensor}: not with attention.kind {model.attention.kind}; expected 1"
-            )
         widths = {"num_attention_heads": model.attention.num_attention_heads, "vocab_size": model.vocab_size}
         if model.attention.kind == "mha":
             widths["num_key_value_heads"] = model.attention.num_key_value_heads

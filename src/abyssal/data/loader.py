@@ -18,7 +18,8 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -26,17 +27,27 @@ import torch
 from abyssal.data.shards import TokenShards
 from abyssal.errors import UserError
 
+if TYPE_CHECKING:
+    from abyssal.model.attention import SequencePart
+
 
 @dataclass
 class Batch:
     """`tokens` int64 [B, T + L]; `documents` int64 [B, T + L], the number of the document each token is in, -1 for
     padding (where `tokens` is 0). `learned` bool [B, T + L]: the tokens that count as targets, or None for all of
-    them. `isolated`: attention stays within a document, and positions begin anew in each."""
+    them. `isolated`: attention stays within a document, and positions begin anew in each. `part`: of the T positions
+    of a sequence those that are worked out here, the others being somebody else's; None: all."""
 
     tokens: torch.Tensor
     documents: torch.Tensor
     learned: torch.Tensor | None = None
     isolated: bool = False
+    part: SequencePart | None = None
+
+    def at(self, x: torch.Tensor, ahead: int, length: int) -> torch.Tensor:
+        """Of `x` [B, T + L] what stands `ahead` tokens behind each of the `length` positions (of `part`, if there is
+        one)."""
+        return x[:, ahead : ahead + length] if self.part is None else x[:, self.part.places + ahead]
 
     def rows(self, part: int, parts: int) -> Batch:
         """Every `parts`-th row from `part` on; where there is none, a row of padding."""
@@ -46,12 +57,14 @@ class Batch:
         if len(tokens) == 0:
             tokens, documents = torch.zeros_like(self.tokens[:1]), torch.full_like(self.documents[:1], -1)
             learned = None if self.learned is None else torch.zeros_like(self.learned[:1])
-        return Batch(tokens, documents, learned, self.isolated)
+        return replace(self, tokens=tokens, documents=documents, learned=learned)
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on `device`."""
         learned = None if self.learned is None else self.learned.to(device)
-        return Batch(self.tokens.to(device), self.documents.to(device), learned, self.isolated)
+        part = None if self.part is None else self.part.to(device)
+        tokens, documents = self.tokens.to(device), self.documents.to(device)
+        return replace(self, tokens=tokens, documents=documents, learned=learned, part=part)
 
 
 class Loader:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,6 +14,7 @@ from abyssal.errors import UserError
 from abyssal.kernels.adamw import total_norm
 
 if TYPE_CHECKING:
+    from abyssal.data.loader import Batch
     from abyssal.distributed.launch import Meeting
     from abyssal.distributed.mesh import Mesh
     from abyssal.model import Transformer
@@ -64,6 +66,14 @@ class Alone:
         """The sum over the processes that share the batch; ``x`` may be changed."""
         return x
 
+    def sum_of_sequences(self, x: Tensor) -> Tensor:
+        """The sum over the processes that have the parts of the same sequences; ``x`` may be changed."""
+        return x
+
+    def own_part(self, batch: Batch, length: int) -> Batch:
+        """``batch``, of whose sequences of ``length`` this process works out what is its own."""
+        return batch
+
     def counts(self, numbers: Sequence[int]) -> list[int]:
         """The sums of ``numbers``."""
         return list(numbers)
@@ -89,6 +99,8 @@ class Together(Alone):
         self.mesh, self.meeting = mesh, meeting
         self.first = mesh.rank == 0
         self.part, self.parts = mesh.data_part
+        if mesh.parallel.context > 1:
+            _ = mesh.context  # made by all at the same time
 
     @contextmanager
     def agreed(self, name: str) -> Iterator[None]:
@@ -133,6 +145,20 @@ class Together(Alone):
 
         dist.all_reduce(x, group=self.mesh.batch)
         return x
+
+    def sum_of_sequences(self, x: Tensor) -> Tensor:
+        import torch.distributed as dist
+
+        if self.mesh.parallel.context > 1:
+            dist.all_reduce(x, group=self.mesh.context)
+        return x
+
+    def own_part(self, batch: Batch, length: int) -> Batch:
+        if self.mesh.parallel.context == 1:
+            return batch
+        from abyssal.distributed.context import Part
+
+        return replace(batch, part=Part.of(length, self.mesh.context))
 
     def counts(self, numbers: Sequence[int]) -> list[int]:
         summed: list[int] = self.sum(torch.tensor(list(numbers), dtype=torch.int64)).tolist()

@@ -27,6 +27,7 @@ Shapes: B batch, T queries, S keys, H heads, D hidden, C latent, R rotary dims, 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +46,23 @@ from abyssal.model.rotary import attention_mscale
 LATENT_NORM_EPS = 1e-6
 
 
+class SequencePart(Protocol):
+    """Some positions of sequences whose others are worked out elsewhere."""
+
+    @property
+    def places(self) -> Tensor:
+        """Which positions, int64 [T'], in ascending order."""
+
+    @property
+    def runs(self) -> list[tuple[int, int]]:
+        """The same as (first, end) of positions without a gap."""
+
+    def whole(self, x: Tensor) -> Tensor:
+        """``x`` [B, T', W] of these positions and that of all others, in order: [B, T, W]."""
+
+    def to(self, device: torch.device | str) -> SequencePart: ...
+
+
 @dataclass(frozen=True)
 class Context:
     """What every layer's attention needs to know about the tokens at hand, worked out once a forward pass."""
@@ -60,9 +78,12 @@ class Context:
     key_rope: tuple[Tensor, Tensor] | None = None
     """Cosine and sine of all keys' positions, [B, S, 1, R/2]; only where a study variant caches keys unturned."""
     pieces: tuple[Context, ...] = ()
-    """For a ragged pass: what there is to know about each of its pieces (:class:`abyssal.model.paged.Ragged`)."""
+    """For a ragged pass: what there is to know about each of its pieces (:class:`abyssal.model.paged.Ragged`); for a
+    part of sequences about each of its runs."""
     documents: Documents | None = None
     """Of packed sequences, without a mask: the documents within which attention stays."""
+    part: SequencePart | None = None
+    """Which positions of longer sequences the tokens are; None: all."""
 
 
 def build_mask(valid: Tensor | None, start: int, queries: int, device: torch.device) -> tuple[Tensor | None, bool]:
@@ -84,8 +105,20 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, context: Context) -> T
     return out.transpose(1, 2).flatten(2)
 
 
+def attend_part(q: Tensor, k: Tensor, v: Tensor, scale: float, context: Context) -> Tensor:
+    """:func:`attend` for the queries of a part of sequences, ``q`` [B, H, T', d], over whole sequences' keys and
+    values."""
+    assert context.part is not None
+    outs, begin = [], 0
+    for (first, end), within in zip(context.part.runs, context.pieces, strict=True):
+        own = q[:, :, begin : begin + end - first]
+        outs.append(attend(own, k[:, :, :end], v[:, :, :end], scale, within))
+        begin += end - first
+    return side_by_side(outs)
+
+
 def side_by_side(outs: list[Tensor]) -> Tensor:
-    """[1, ., W] each, one after the other; a single one is not copied."""
+    """[B, ., W] each, one after the other; a single one is not copied."""
     return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
 
 
@@ -111,6 +144,9 @@ class MultiHeadAttention(nn.Module):
             cache.write(k, v[0])
             return self.o_proj(self._ragged(q.unsqueeze(0), cache, context, scale))
         q, k = (rotate(y, context.rope, self.interleaved) for y in (q, k))
+        if context.part is not None:
+            k, v = (context.part.whole(y.flatten(2)).unflatten(-1, split) for y in (k, v))
+            return self.o_proj(attend_part(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale, context))
         if cache is not None:
             k, v = cache.append(context.start, k, v)
         out = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale, context)
@@ -192,7 +228,12 @@ class LatentAttention(Queries):
         latent, k_rope = kv.split((self.latent, self.rope_dim), dim=-1)
         latent = self.kv_a_layernorm(latent)  # (1)
         k_rope = turn_heads(k_rope.unsqueeze(2), context.rope, self.interleaved).squeeze(1)  # (3)
-        if cache is None:
+        if context.part is not None:
+            # Latents and rotary keys are all that has to be told of a token: C + R numbers for all heads.
+            whole = context.part.whole(torch.cat((latent, k_rope), dim=-1))
+            k, v = self._keys_values(whole[..., : self.latent], whole[..., self.latent :])
+            out = attend_part(q, k, v, self.scale, context)
+        elif cache is None:
             if absorb:
                 out = self._absorbed(q, torch.cat((latent, k_rope), dim=-1), context)
             else:

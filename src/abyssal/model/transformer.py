@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from abyssal.config import ModelConfig
 from abyssal.errors import UserError
 from abyssal.kernels.attention import Documents
-from abyssal.model.attention import Context, build_mask
+from abyssal.model.attention import Context, SequencePart, build_mask
 from abyssal.model.block import Block, MTPModule
 from abyssal.model.cache import Cache
 from abyssal.model.layers import Linear, RMSNorm
@@ -113,29 +113,30 @@ class Transformer(nn.Module):
         recorder: Recorder | None = None,
         recompute: bool = False,
         documents: Tensor | None = None,
+        part: SequencePart | None = None,
     ) -> Tensor:
         """Hidden states after ``model.norm``, [B, T, D]: what the head and the first MTP module take.
 
         ``recompute`` drops activations and computes them again in the backward pass. ``documents`` int64 [B, T]: which
         document each token of packed sequences is in, a run of equal numbers being one, and of -1 padding; every
-        document comes out as it would alone. Raises ValueError for documents together with a cache or ``valid``.
+        document comes out as it would alone. ``part``: tokens are these of longer sequences, whose other tokens' keys
+        and values it knows where to get; ``documents`` are those of the whole sequences. Raises ValueError for
+        documents or part together with a cache or ``valid``.
         """
         self._check_tokens(tokens)
         count = tokens.shape[1]
-        if documents is not None:
+        if documents is not None or part is not None:
             if cache is not None or valid is not None:
-                raise ValueError("documents: neither a cache nor valid goes with them")
-            valid = documents >= 0
+                raise ValueError("documents, part: neither a cache nor valid goes with them")
+            valid = _real(documents, part)
         if isinstance(cache, PagedCache):
             context = self.ragged_context(cache.ragged)
         elif cache is not None:
             cache.extend(count, valid)
             unturned = not cache.layers[0].expanded
             context = self._context(cache.length, count, cache.valid, tokens.device, cached=unturned)
-        elif documents is not None:
-            context = self._packed_context(documents)
         else:
-            context = self._context(0, count, valid, tokens.device)
+            context = self._training_context(count, tokens.device, valid, documents, part)
         x = self.model.embed_tokens(tokens)
         out = self.through_blocks(x, context, cache=cache, valid=valid, recorder=recorder, recompute=recompute)
         if isinstance(cache, Cache):
@@ -167,24 +168,26 @@ class Transformer(nn.Module):
         recorder: Recorder | None = None,
         recompute: bool = False,
         documents: Tensor | None = None,
+        part: SequencePart | None = None,
     ) -> list[Tensor]:
         """Hidden states of each MTP module, [B, T, D] each: depth k (from 1) at position i is for token i + k + 1.
 
         ``hidden`` [B, T, D] comes from :meth:`hidden` for ``tokens[:, :T]``; ``tokens`` [B, T + depth] go on for as
         many tokens as there are modules. Apply ``lm_head`` for logits. ``documents`` [B, T] as in :meth:`hidden`;
-        whoever trains leaves out positions whose token i + k + 1 lies in another one.
+        whoever trains leaves out positions whose token i + k + 1 lies in another one. With a ``part`` of the T
+        positions, ``hidden`` and what comes out are of these.
         """
         self._check_tokens(tokens)
         count = hidden.shape[1]
-        if tokens.shape[1] < count + len(self.mtp_modules):
+        if part is None and tokens.shape[1] < count + len(self.mtp_modules):
             raise ValueError(f"tokens: {tokens.shape[1]} a row are too few for {count} + {len(self.mtp_modules)}")
-        if documents is None:
-            context, valid = self._context(0, count, None, tokens.device), None
-        else:
-            context, valid = self._packed_context(documents), documents >= 0
+        valid = _real(documents, part)
+        context = self._training_context(count, tokens.device, None, documents, part)
         out = []
         for k, module in enumerate(self.mtp_modules, start=1):
-            embedding = self.model.embed_tokens(tokens[:, k : k + count])
+            embedding = self.model.embed_tokens(
+                tokens[:, k : k + count] if part is None else tokens[:, part.places + k]
+            )
             hidden = module(hidden, embedding, context, valid=valid, recorder=recorder, recompute=recompute)
             out.append(hidden)
         return out
@@ -214,33 +217,56 @@ class Transformer(nn.Module):
             positions = (valid.long().cumsum(1) - 1).clamp_min(0)
         else:
             positions = torch.arange(start + count, device=device).unsqueeze(0)
-        attention, dtype = self.config.attention, self.lm_head.weight.dtype
-        rope = rotary_tables(self.config.rope, attention.rotary_dim, positions[:, start:], dtype)
-        key_rope = None
-        if cached and attention.kind == "separate_latents":
-            key_rope = rotary_tables(self.config.rope, attention.rotary_dim, positions, dtype)
+        separate = self.config.attention.kind == "separate_latents"
         mask, causal = build_mask(valid, start, count, device)
-        return Context(rope, start, mask, causal, key_rope)
+        key_rope = self._rope(positions) if cached and separate else None
+        return Context(self._rope(positions[:, start:]), start, mask, causal, key_rope)
+
+    def _training_context(
+        self,
+        count: int,
+        device: torch.device,
+        valid: Tensor | None,
+        documents: Tensor | None,
+        part: SequencePart | None,
+    ) -> Context:
+        """Without a cache."""
+        if part is not None:
+            return self._part_context(part, documents)
+        return self._context(0, count, valid, device) if documents is None else self._packed_context(documents)
+
+    def _part_context(self, part: SequencePart, documents: Tensor | None) -> Context:
+        packed = None if documents is None else Documents.of(documents)
+        positions = part.places.unsqueeze(0) if packed is None else part.places - packed.starts[:, part.places]
+        rope = self._rope(positions)
+        pieces = []
+        for first, end in part.runs:
+            keys, rows = (torch.arange(a, end, device=positions.device) for a in (0, first))
+            mask = (keys <= rows.unsqueeze(1)).unsqueeze(0)
+            if packed is not None:
+                mask = mask & (keys >= packed.starts[:, first:end, None])
+            pieces.append(Context(rope, 0, mask.unsqueeze(1), causal=False))
+        return Context(rope, 0, None, causal=True, documents=packed, part=part, pieces=tuple(pieces))
 
     def _packed_context(self, documents: Tensor) -> Context:
         packed = Documents.of(documents)
         positions = torch.arange(documents.shape[1], device=documents.device) - packed.starts
-        dtype = self.lm_head.weight.dtype
-        rope = rotary_tables(self.config.rope, self.config.attention.rotary_dim, positions, dtype)
-        return Context(rope, 0, None, causal=True, documents=packed)
+        return Context(self._rope(positions), 0, None, causal=True, documents=packed)
+
+    def _rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        a = self.config.attention
+        return rotary_tables(self.config.rope, a.rotary_dim, positions, self.lm_head.weight.dtype)
 
     def ragged_context(self, ragged: Ragged) -> Context:
         """What attention needs to know of the tokens of a ragged pass."""
-        attention, dtype = self.config.attention, self.lm_head.weight.dtype
-        rope = rotary_tables(self.config.rope, attention.rotary_dim, ragged.positions, dtype)
+        rope = self._rope(ragged.positions)
         pieces = []
         for piece in ragged.pieces:
             count, key_rope = piece.end - piece.start, None
             mask, causal = build_mask(None, piece.length - count, count, ragged.positions.device)
             own = (rope[0][:, piece.start : piece.end], rope[1][:, piece.start : piece.end])
-            if attention.kind == "separate_latents":
-                positions = torch.arange(piece.length, device=ragged.positions.device).unsqueeze(0)
-                key_rope = rotary_tables(self.config.rope, attention.rotary_dim, positions, dtype)
+            if self.config.attention.kind == "separate_latents":
+                key_rope = self._rope(torch.arange(piece.length, device=ragged.positions.device).unsqueeze(0))
             pieces.append(Context(own, piece.length - count, mask, causal, key_rope))
         return Context(rope, 0, None, False, pieces=tuple(pieces))
 
@@ -251,3 +277,10 @@ class Transformer(nn.Module):
         if low < 0 or high >= self.config.vocab_size:
             bad = int(low) if low < 0 else int(high)
             raise UserError(f"tokens: id {bad} is outside the vocabulary of {self.config.vocab_size}")
+
+
+def _real(documents: Tensor | None, part: SequencePart | None) -> Tensor | None:
+    """[B, T] (of a part, its positions): which tokens are no padding."""
+    if documents is None:
+        return None
+    return (documents if part is None else documents[:, part.places]) >= 0

@@ -110,8 +110,8 @@ class AuxiliaryLoss(Balancer):
         real = scores.new_ones(scores.shape[:2]) if routing.valid is None else routing.valid.to(scores.dtype)
         dims = (1,) if self.by_sequence else (0, 1)
         tokens, assigned = real.sum(dims).unsqueeze(-1), (counted * real.unsqueeze(-1)).sum(dims)
-        if not self.by_sequence:
-            tokens, assigned = self.together.sum(tokens.clone()), self.together.sum(assigned)
+        sum_over = self.together.sum_of_sequences if self.by_sequence else self.together.sum
+        tokens, assigned = sum_over(tokens.clone()), sum_over(assigned)
         tokens = tokens.clamp_min(1)
         f = assigned * experts / (tokens * chosen)
         p = (scores * real.unsqueeze(-1)).sum(dims) / tokens

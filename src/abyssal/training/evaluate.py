@@ -75,13 +75,16 @@ def evaluate(
     extras = [0.0] * len(objective.names)
     for whole in held_out.batches(batches):
         batch = whole.rows(together.part, together.parts) if together.parts > 1 else whole
+        batch = together.own_part(batch, sequence_length)
         counts = objective.counts(model, batch, sequence_length, mtp=False)
         with autocast(device, dtype):
             losses = objective.losses(model, batch.to(device), sequence_length, counts)
         nats += float(losses.nats[0])
         counted += counts[0]
-        real = batch.documents[:, 1:] >= 0
-        seen += int((real if batch.learned is None else real & batch.learned[:, 1:]).sum())
+        real = batch.at(batch.documents, 1, sequence_length) >= 0
+        if batch.learned is not None:
+            real &= batch.at(batch.learned, 1, sequence_length)
+        seen += int(real.sum())
         if losses.extras is not None:
             extras = [total + float(more) for total, more in zip(extras, losses.extras, strict=True)]
     nats, *extras = together.sum(torch.tensor([nats, *extras], dtype=torch.float64)).tolist()

@@ -9,6 +9,7 @@ predicts it, or is padding, it does not count. Neither does a token that is not 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,13 +33,13 @@ class Losses:
 
 
 def targets(batch: Batch, length: int, depth: int) -> Tensor:
-    """[B, length] targets of the main model (depth 0) or MTP module ``depth``; IGNORED where nothing is predicted."""
-    ahead = batch.tokens[:, 1 + depth : 1 + depth + length]
-    same = batch.documents[:, 1 + depth : 1 + depth + length] == batch.documents[:, :length]
-    counted = same & (batch.documents[:, :length] >= 0)
+    """[B, length] targets of the main model (depth 0) or MTP module ``depth``; IGNORED where nothing is predicted. Of a
+    part of the sequences, those of its positions."""
+    here = batch.at(batch.documents, 0, length)
+    counted = (batch.at(batch.documents, 1 + depth, length) == here) & (here >= 0)
     if batch.learned is not None:
-        counted &= batch.learned[:, 1 + depth : 1 + depth + length]
-    return ahead.masked_fill(~counted, IGNORED)
+        counted &= batch.at(batch.learned, 1 + depth, length)
+    return batch.at(batch.tokens, 1 + depth, length).masked_fill(~counted, IGNORED)
 
 
 def count_targets(batch: Batch, length: int, depths: int) -> list[int]:
@@ -60,11 +61,11 @@ def compute_losses(
 
     ``counts`` is what :func:`count_targets` gave for it; without, they are read from the device, which is waited for.
     """
-    documents = documents_apart(batch, length)
-    hidden = [model.hidden(batch.tokens[:, :length], documents=documents, recorder=recorder, recompute=recompute)]
+    options: dict[str, Any] = {"recorder": recorder, "recompute": recompute}
+    options |= {"documents": documents_apart(batch, length), "part": batch.part}
+    hidden = [model.hidden(batch.at(batch.tokens, 0, length), **options)]
     if mtp and model.mtp_modules:
-        tokens = batch.tokens[:, : length + len(model.mtp_modules)]
-        hidden += model.mtp_hidden(hidden[0], tokens, documents=documents, recorder=recorder, recompute=recompute)
+        hidden += model.mtp_hidden(hidden[0], batch.tokens[:, : length + len(model.mtp_modules)], **options)
     nats = [
         _cross_entropy(model, h.flatten(0, 1), targets(batch, length, depth).flatten(), batch)
         for depth, h in enumerate(hidden)

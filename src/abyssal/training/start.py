@@ -157,9 +157,8 @@ def _join(recipe: RunRecipe) -> Alone:
     )
     if parallel.alone:
         return Alone()
-    for axis in ("context", "pipeline"):
-        if getattr(parallel, axis) > 1:
-            raise UserError(f"parallel.{axis}: {getattr(parallel, axis)}: this axis is not built yet; expected 1")
+    if parallel.pipeline > 1:
+        raise UserError(f"parallel.pipeline: {parallel.pipeline}: this axis is not built yet; expected 1")
     if t.compile and parallel.tensor > 1:
         raise UserError("training.compile: true: not together with parallel.tensor; expected false")
     if t.fp8:

@@ -223,7 +223,9 @@ class TrainingStep:
         if self.device.type != "cuda":
             return batch.to(self.device)
         learned = None if batch.learned is None else self._sent(batch.learned)
-        return replace(batch, tokens=self._sent(batch.tokens), documents=self._sent(batch.documents), learned=learned)
+        part = None if batch.part is None else batch.part.to(self.device)
+        tokens, documents = self._sent(batch.tokens), self._sent(batch.documents)
+        return replace(batch, tokens=tokens, documents=documents, learned=learned, part=part)
 
     def _sent(self, x: Tensor) -> Tensor:
         return x.pin_memory().to(self.device, non_blocking=True)

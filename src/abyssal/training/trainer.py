@@ -205,12 +205,12 @@ class Trainer:
         number; on a GPU that is not known before it is logged."""
         t = self.recipe.training
         lr = learning_rate(self.done, t.steps, self.recipe.optimizer.lr, self.recipe.schedule)
-        batches = [self.loader.next() for _ in range(t.accumulate)]
+        batches = [self.together.own_part(self.loader.next(), t.sequence_length) for _ in range(t.accumulate)]
         try:
             result = self._step(batches, t.sequence_length, lr, self.done / t.steps)
         except NotFinite as error:
             raise self._not_finite(self.done + 1, error.what, error.value) from None
-        real = sum(int((batch.documents[:, : t.sequence_length] >= 0).sum()) for batch in batches)
+        real = sum(int((batch.at(batch.documents, 0, t.sequence_length) >= 0).sum()) for batch in batches)
         self.tokens += self.together.counts([real])[0]
         return result
 
