@@ -14,6 +14,7 @@ from abyssal.checkpoint import load_model
 from abyssal.checkpoint.adapter import CONFIG, TENSORS, apply_adapter, is_adapter, read_adapter, read_adapter_settings
 from abyssal.checkpoint.load import Progress, Weights, kept_layers, read_model_config
 from abyssal.checkpoint.overlay import is_overlay, lay_over, read_overlay
+from abyssal.checkpoint.parts import WHOLE, Part
 from abyssal.checkpoint.run import MANIFEST, Run
 from abyssal.checkpoint.sharded import gather, is_sharded
 from abyssal.checkpoint.shards import INDEX, WEIGHTS, files_of
@@ -111,15 +112,21 @@ def load_weights(
     layers: int | Sequence[int] | None = None,
     weights: Weights = "auto",
     allow_missing: Sequence[str] = (),
+    part: Part = WHOLE,
     threads: int = 1,
     progress: Progress | None = None,
 ) -> Transformer:
     """The model in a ``folder`` that :func:`find` gave, in eval mode, by :func:`abyssal.checkpoint.load_model`.
 
     An adapter or overlay is laid over its base: an adapter becomes part of dense weights, and is kept beside packed and
-    FP8 ones (:mod:`abyssal.model.lora`); an overlay needs dense ones. Raises UserError.
+    FP8 ones (:mod:`abyssal.model.lora`); an overlay needs dense ones. With a ``part`` it can be neither. Raises
+    UserError.
     """
     base = base_of(folder, layers=layers)
+    if base != folder and not part.whole:
+        raise UserError(
+            f"{folder}: an adapter or overlay; on several processes it has to be part of its base: abyssal export"
+        )
     adapter = read_adapter(folder) if is_adapter(folder) else None
     overlay = read_overlay(folder) if is_overlay(folder) else None
     if overlay is not None and weights not in ("auto", "dense"):
@@ -131,6 +138,7 @@ def load_weights(
         layers=layers,
         weights=weights,
         allow_missing=allow_missing,
+        part=part,
         threads=threads,
         progress=progress,
     )

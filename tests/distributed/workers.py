@@ -1,5 +1,5 @@
 """Processes that work together through gloo, started once for all tests: ``Workers.run`` has each of them call a
-function of :mod:`jobs` inside a process group of as many as the test wants."""
+function (``module.name``, or a name in :mod:`jobs`) inside a process group of as many as the test wants."""
 
 from __future__ import annotations
 
@@ -28,7 +28,9 @@ def _serve(rank: int, inbox: Any, outbox: Any) -> None:
                 "gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=LIMIT / 2)
             )
             try:
-                outbox.put((rank, getattr(importlib.import_module("jobs"), job)(*arguments, **options), None))
+                module, _, name = job.rpartition(".")
+                function = getattr(importlib.import_module(module or "jobs"), name)
+                outbox.put((rank, function(*arguments, **options), None))
             finally:
                 dist.destroy_process_group()
         except BaseException:

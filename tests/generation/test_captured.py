@@ -28,7 +28,7 @@ def run(engine: Engine, *prompts: list[int], sampling: Sampling = GREEDY) -> lis
 
 
 def captured(engine: Engine) -> Iterator[bool]:
-    yield from (known is not None for known in engine.passes._known.values())
+    yield from (known is not None for known in engine.passes.captured._known.values())
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "separate"])
@@ -52,7 +52,7 @@ def test_the_same_numbers_as_without(kind: str, dtype: torch.dtype, monkeypatch:
         sequences = [engine.add(prompt, told) for prompt in prompts]
         while engine.busy:
             engine.step()
-        assert bool(engine.passes._known) == capturing
+        assert bool(engine.passes.captured._known) == capturing
         return [[one.own for one in s.logprobs] for s in sequences]
 
     capturing = True
@@ -109,10 +109,10 @@ def test_rows_that_fill_a_pass_up_change_nothing(kind: str, sizes: tuple[int, ..
     for layer in engine.pool.pools:
         for tensor in layer:
             tensor.fill_(torch.nan)  # what is read and was never written would be seen
-    engine.passes.sizes = sizes
+    engine.passes.captured.sizes = sizes
     assert run(engine, *prompts) == [plain(kind, prompt, 12) for prompt in prompts]
     assert all(captured(engine))
-    assert {key[1] for key in engine.passes._known} <= set(sizes)
+    assert {key[1] for key in engine.passes.captured._known} <= set(sizes)
 
 
 def test_only_some_are_kept(monkeypatch: pytest.MonkeyPatch):
@@ -122,7 +122,7 @@ def test_only_some_are_kept(monkeypatch: pytest.MonkeyPatch):
     sequences = [engine.add(p, Sampling(temperature=0, max_new_tokens=3 * n + 3)) for n, p in enumerate(prompts)]
     while engine.busy:
         engine.step()
-        assert len(engine.passes._known) <= 2
+        assert len(engine.passes.captured._known) <= 2
     assert [s.new for s in sequences] == [plain("mla", p, 3 * n + 3) for n, p in enumerate(prompts)]
 
 
@@ -139,7 +139,7 @@ def test_a_recorder_sees_every_step_of_captured_passes(monkeypatch: pytest.Monke
         while engine.busy:
             engine.step(recorder)
             steps += 1
-        assert bool(engine.passes._known) == capturing
+        assert bool(engine.passes.captured._known) == capturing
         assert all(len(routings) == steps for routings in recorder.routings.values())
         parts = ("indices", "weights", "scores")
         seen.append({k: [getattr(r, p) for r in rs for p in parts] for k, rs in recorder.routings.items()})
@@ -160,7 +160,7 @@ def test_without_compiled_code(switch: str):
         "engine = t.Engine(t.model_of('one module'), t.BYTES, page=4)\n"
         "s = engine.add([5, 6, 7], t.Sampling(temperature=0, max_new_tokens=12))\n"
         "while engine.busy:\n    engine.step()\n"
-        "assert not engine.passes._known\nprint(s.new)\n"
+        "assert not engine.passes.captured._known\nprint(s.new)\n"
     )
     here = os.path.dirname(__file__)
     environment = os.environ | {"ABYSSAL_NATIVE": "0"} | ({switch: "1"} if switch else {})

@@ -28,6 +28,7 @@ from abyssal.checkpoint.packing import (
     stored_kind,
     wrong_packed,
 )
+from abyssal.checkpoint.parts import WHOLE, Part
 from abyssal.checkpoint.recast import check_scales
 from abyssal.checkpoint.shards import DTYPES, Shards, tensor_names
 from abyssal.config import ModelConfig, MTPConfig, read_config
@@ -69,6 +70,7 @@ def load_model(
     layers: int | Sequence[int] | None = None,
     weights: Weights = "auto",
     allow_missing: Sequence[str] = (),
+    part: Part = WHOLE,
     threads: int = 1,
     progress: Progress | None = None,
 ) -> Transformer:
@@ -82,7 +84,8 @@ def load_model(
     ``dtype`` is, so that the dense model is never in memory (abyssal.model.quantized); from one to the other there is
     no way. ``"nf4"`` does the same, for training adapters on.
     Tensors missing or left over are an error unless a pattern of ``allow_missing`` names them; missing ones are drawn
-    anew. ``threads`` read tensors side by side.
+    anew. Of a ``part`` nothing else is read or takes memory, and nothing may be missing. ``threads`` read tensors side
+    by side.
 
     Raises UserError, before any weight is read, where a file is missing or damaged or tensors and config.json disagree.
     """
@@ -104,6 +107,13 @@ def load_model(
         model = Transformer(config)
     keep_layers(model, kept)
     found = match(model, shards, allow_missing)
+    if found.absent and not part.whole:
+        raise UserError(f"{shards.source}: tensors missing: {_listed(found.absent)}; none may be on several processes")
+    if held == "fp8":
+        part.check_fp8((name, shards[name].shape) for name in found.quantized)
+    elif held != "dense":
+        part.check_packed(found.packed)
+    part.take(model)
     if held == "fp8":
         if not found.quantized:
             raise UserError(
@@ -123,7 +133,7 @@ def load_model(
     model._apply(lambda x: torch.empty(x.shape, dtype=x.dtype, device=device))
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight  # each of the two got its own memory
-    fill(model, shards, found, threads=threads, progress=progress)
+    fill(model, shards, found, part=part, threads=threads, progress=progress)
     return model.eval()
 
 
@@ -247,51 +257,67 @@ def wanted_tensors(config: ModelConfig, shards: Shards, allow_missing: Sequence[
 
 @torch.no_grad()
 def fill(
-    model: Transformer, shards: Shards, found: Match, *, threads: int = 1, progress: Progress | None = None
+    model: Transformer,
+    shards: Shards,
+    found: Match,
+    *,
+    part: Part = WHOLE,
+    threads: int = 1,
+    progress: Progress | None = None,
 ) -> None:
-    """Reads what was matched into ``model``, one file after the other. Raises UserError where a copy under an MTP
-    module is not equal to what it repeats."""
-    targets = dict(disk_tensors(model))
-    places: dict[str, Packed | NF4] = {**dict(packed_matrices(model)), **dict(nf4_matrices(model))}
-    total = sum(shards[name].nbytes for name in (*found.names, *found.copies))
+    """Reads what was matched into ``model``, which is a ``part`` of what was matched, one file after the other. Raises
+    UserError where a copy under an MTP module is not equal to what it repeats."""
+    targets = {part.published(name): tensor for name, tensor in disk_tensors(model)}
+    matrices: dict[str, Packed | NF4] = {**dict(packed_matrices(model)), **dict(nf4_matrices(model))}
+    places = {part.published(name): matrix for name, matrix in matrices.items()}
+    wanted = {name for name in (*found.names, *found.copies) if part.has(name)}
+    total = sum(shards[name].nbytes for name in wanted)
     done = 0
+
+    def own(tensor: Tensor, name: str) -> Tensor:
+        return tensor[part.cut(name, tensor.shape)]
 
     def read(file: Any, name: str) -> int:
         if name in found.copies:
-            check_copy(file.get_tensor(name), name, found.copies[name], shards)
+            check_copy(file.get_tensor(name), name, found.copies[name], shards, part)
         elif name in found.packed:
             scales = _beside(file, shards, name, name + SCALES)
             check_packed_scales(scales, name)
             place = places.get(name)
             if isinstance(place, Packed):
                 for (_, to), tensor in zip(on_disk(name, place), (file.get_tensor(name), scales), strict=True):
-                    to.copy_(tensor)
+                    to.copy_(own(tensor, name))
             else:
                 device = targets[name].device
                 held = from_disk(file.get_tensor(name).to(device), scales.to(device), found.packed[name])
-                targets[name].copy_(dequantize(held, targets[name].dtype))
+                targets[name].copy_(own(dequantize(held, targets[name].dtype), name))
         elif name not in found.quantized:
             if name in places:
-                _pack(file.get_tensor(name), places[name])
+                _pack(own(file.get_tensor(name), name), places[name])
             else:
-                targets[name].copy_(file.get_tensor(name))
+                targets[name].copy_(own(file.get_tensor(name), name))
         else:
             scale = name + SCALE
             scales = _beside(file, shards, name, scale)
             check_scales(scales, name)
+            blocks = file.get_tensor(name)
+            aligned = part.in_blocks(name, blocks.shape, fp8.BLOCK)
+            if aligned:
+                blocks, scales = own(blocks, name), own(scales, name)
             if name in places:
                 device = places[name].data.device
-                blocks = file.get_tensor(name).to(device)
-                _pack(fp8.dequantize(blocks, scales.to(device), torch.float32), places[name])
+                numbers = fp8.dequantize(blocks.to(device), scales.to(device), torch.float32)
+                _pack(numbers if aligned else own(numbers, name), places[name])
             elif targets[name].dtype == torch.float8_e4m3fn:
-                targets[name].copy_(file.get_tensor(name))
+                targets[name].copy_(blocks)
                 targets[scale].copy_(scales.float())
-            else:
+            elif aligned:
                 device = targets[name].device
-                fp8.dequantize(file.get_tensor(name).to(device), scales.to(device), out=targets[name])
+                fp8.dequantize(blocks.to(device), scales.to(device), out=targets[name])
+            else:
+                targets[name].copy_(own(fp8.dequantize(blocks, scales, targets[name].dtype), name))
         return shards[name].nbytes
 
-    wanted = {*found.names, *found.copies}
     in_order = (name for file in shards.files for name in shards.names(file) if name in wanted)
     for file, names in shards.batches(in_order):
         # The pool within: after an error, no thread may still be reading when the file is closed.
@@ -352,9 +378,10 @@ def _beside(file: Any, shards: Shards, name: str, scale: str) -> Tensor:
     return tensor
 
 
-def check_copy(copy: Tensor, name: str, original: str, shards: Shards) -> None:
-    """Raises UserError where ``copy``, stored as ``name``, is not what ``original`` is."""
-    if shards[name].shape != shards[original].shape or not torch.equal(copy, shards.read(original)):
+def check_copy(copy: Tensor, name: str, original: str, shards: Shards, part: Part = WHOLE) -> None:
+    """Raises UserError where ``copy``, stored as ``name``, is not what ``original`` is; looks at ``part`` of it."""
+    cut = part.cut(original, copy.shape)
+    if shards[name].shape != shards[original].shape or not torch.equal(copy[cut], shards.read(original, cut)):
         raise UserError(
             f"{shards.source}: {name} differs from {original}; abyssal shares the two, as published, and would lose it "
             f"(--allow-missing {name} leaves it out)"
@@ -362,7 +389,7 @@ def check_copy(copy: Tensor, name: str, original: str, shards: Shards) -> None:
 
 
 def _pack(weight: Tensor, place: Packed | NF4) -> None:
-    weight = weight.to(place.data.device)
+    weight = weight.to(place.data.device).contiguous()
     if isinstance(place, NF4):
         for to, tensor in zip(place.tensors, nf4.quantize(weight).tensors, strict=True):
             to.copy_(tensor)

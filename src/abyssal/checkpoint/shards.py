@@ -100,10 +100,10 @@ class Shards:
     def __getitem__(self, name: str) -> Stored:
         return self.tensors[name]
 
-    def read(self, name: str) -> Tensor:
-        """One tensor, on the CPU, in a memory of its own."""
+    def read(self, name: str, part: tuple[slice, ...] = ()) -> Tensor:
+        """One tensor, or a ``part`` of it, on the CPU, in a memory of its own."""
         with self.open(self.tensors[name].file) as file:
-            return file.get_tensor(name).clone()
+            return file.get_tensor(name)[part].clone()
 
     @contextmanager
     def open(self, file: str) -> Iterator[Any]:

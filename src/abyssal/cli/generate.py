@@ -13,19 +13,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from abyssal.cli.decoding import DraftsOption
-from abyssal.cli.loaded import (
-    AllowMissingOption,
-    DeviceOption,
-    DtypeOption,
-    ModelArgument,
-    WeightsOption,
-    load_model,
-)
+from abyssal.cli.loaded import AllowMissingOption, DeviceOption, DtypeOption, ModelArgument, WeightsOption
+from abyssal.cli.processes import ExpertOption, TensorOption, gather, loaded
 
 if TYPE_CHECKING:
     from abyssal.data.tokenizer import Tokenizer
     from abyssal.generation.engine import Engine, Event
+    from abyssal.generation.passes import Others
+    from abyssal.generation.sampling import Sampling
     from abyssal.generation.sequence import Sequence
+    from abyssal.model import Transformer
 
 TOKENS = 200
 
@@ -58,12 +55,11 @@ def generate_command(
     weights: WeightsOption = "auto",
     device: DeviceOption = "auto",
     allow_missing: AllowMissingOption = None,
+    tensor: TensorOption = 1,
+    expert: ExpertOption = 1,
 ) -> None:
     """Continue prompts, many at once; one prompt streams as it is written."""
-    from abyssal.errors import UserError
     from abyssal.generation import Sampling
-    from abyssal.generation.generate import prepare
-    from abyssal.generation.prompts import prompt_ids
 
     sampling = Sampling(
         max_new_tokens=TOKENS if tokens is None else tokens,
@@ -78,7 +74,38 @@ def generate_command(
     )
     texts = [*(prompts or ()), *(_read_prompts(Path(file)) if file is not None else ())] or [""]
     held = None if schema is None else _read_json(Path(schema), "--schema")
-    network, tokenizer = load_model(model, dtype=dtype, weights=weights, device=device, allow_missing=allow_missing)
+    together = gather(tensor, expert, device)
+    options: dict[str, Any] = {"dtype": dtype, "weights": weights, "device": device, "allow_missing": allow_missing}
+    with loaded(together, model, **options) as (network, tokenizer, others):
+        show = _Show(texts, logprobs, stats, as_json)
+        _generate(network, tokenizer, others, sampling, tokens, held, drafts, show)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Show:
+    """The prompts, and what is shown beside their texts."""
+
+    texts: list[str]
+    logprobs: int | None
+    stats: bool
+    as_json: bool
+
+
+def _generate(
+    network: Transformer,
+    tokenizer: Tokenizer,
+    others: Others | None,
+    sampling: Sampling,
+    tokens: int | None,
+    held: Any,
+    drafts: int | None,
+    show: _Show,
+) -> None:
+    from abyssal.errors import UserError
+    from abyssal.generation.generate import prepare
+    from abyssal.generation.prompts import prompt_ids
+
+    texts = show.texts
     ids = prompt_ids(network, tokenizer, texts, len(texts) > 1, True)
     context, longest = network.config.max_position_embeddings, max(map(len, ids))
     if tokens is not None and longest + tokens > context:
@@ -86,12 +113,12 @@ def generate_command(
             f"--tokens: {tokens} do not fit behind a prompt of {longest} tokens in the model's context of {context}; "
             f"expected at most {context - longest}"
         )
-    engine, sequences = prepare(network, tokenizer, ids, sampling, schema=held, drafts=drafts)
+    engine, sequences = prepare(network, tokenizer, ids, sampling, schema=held, drafts=drafts, others=others)
 
     said = dict.fromkeys(sequences, "")
     shown = 0
     clock = _Clock()
-    streaming = len(texts) == 1 and not as_json
+    streaming = len(texts) == 1 and not show.as_json
     if streaming:
         print(texts[0], end="", flush=True)
     while engine.busy:
@@ -101,17 +128,17 @@ def generate_command(
             said[event.sequence] += event.text
             if streaming:
                 print(event.text, end="", flush=True)
-        while shown < len(sequences) and (sequence := sequences[shown]).finished is not None and not as_json:
+        while shown < len(sequences) and (sequence := sequences[shown]).finished is not None and not show.as_json:
             if not streaming:
                 print(("\n" if shown else "") + f"--- {shown + 1}\n{texts[shown]}{said[sequence]}", end="")
             print(flush=True)
-            if logprobs is not None:
+            if show.logprobs is not None:
                 _show_logprobs(sequence, tokenizer)
             shown += 1
-    if as_json:
+    if show.as_json:
         results = [_as_data(prompt, s, said[s], tokenizer) for prompt, s in zip(texts, sequences, strict=True)]
         print(json.dumps({"results": results, "stats": clock.data(engine)}, indent=2))
-    if stats:
+    if show.stats:
         print(clock.table(engine), file=sys.stderr)
     failed = [number for number, sequence in enumerate(sequences) if sequence.error is not None]
     if failed:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -72,7 +72,7 @@ def lens_command(
         raise UserError(f"--tokens: {tokens} is not valid; expected a whole number from 1")
     length = choose_window(configs, window, "--window")
 
-    options = {"dtype": dtype, "weights": weights, "device": device}
+    options: dict[str, Any] = {"dtype": dtype, "weights": weights, "device": device}
     network, tokenizer = load_model(model, allow_missing=allow_missing, **options)
     texts = read_texts(text, tokenizer, length, tokens, field=field)
     routing = _look(network, texts, model)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast, get_args
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from abyssal.config import ModelConfig
     from abyssal.data.tokenizer import Tokenizer
+    from abyssal.distributed.together import Together
     from abyssal.model import Transformer
 
 ModelArgument = Annotated[str, typer.Argument(help="A run, a model folder, or a name on the hub (owner/name).")]
@@ -38,10 +39,18 @@ DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, …")]
 
 
 def load_model(
-    model: str, *, dtype: str, weights: str, device: str, allow_missing: Sequence[str] | None
+    model: str,
+    *,
+    dtype: str,
+    weights: str,
+    device: str,
+    allow_missing: Sequence[str] | None,
+    together: Together | None = None,
 ) -> tuple[Transformer, Tokenizer]:
-    """Loads ``model`` with a bar in bytes on stderr. Raises UserError where there is no tokenizer."""
+    """Loads ``model`` with a bar in bytes on stderr; where several processes do it ``together``, this one's part.
+    Raises UserError where there is no tokenizer, and for one of several processes that do not."""
     from abyssal.checkpoint.load import Weights
+    from abyssal.distributed.launch import started_by_torchrun
     from abyssal.errors import UserError
     from abyssal.loading import base_of, find, find_tokenizer, load_weights
     from abyssal.training.hardware import resolve_device
@@ -49,19 +58,29 @@ def load_model(
     if weights not in get_args(Weights):
         raise UserError(f"--weights: {weights!r} is not one of {', '.join(get_args(Weights))}")
     where, chosen = resolve_device(device, "--device"), parse_dtype(dtype, "--dtype")
-    folder = find(model)
+    started = started_by_torchrun() or 1
+    if together is None and started > 1:
+        raise UserError(f"torchrun started {started} processes, and this command is for one; start it without torchrun")
+    with nullcontext() if together is None else together.first_then_others("found"):
+        folder = find(model)
     tokenizer = find_tokenizer(folder)
     if tokenizer is None and (base_of(folder) / "config.json").is_file():
         raise UserError(f"{model}: no tokenizer.json or tiktoken.model in this folder; text needs one")
-    with byte_bars("loading") as (progress,):
-        network = load_weights(
-            folder,
-            dtype=chosen,
-            device=where,
-            weights=cast("Weights", weights),
-            allow_missing=allow_missing or (),
-            progress=progress,
-        )
+    options: dict[str, Any] = {
+        "dtype": chosen,
+        "device": where,
+        "weights": weights,
+        "allow_missing": allow_missing or (),
+    }
+    if together is not None:
+        from abyssal.distributed.inference import load_part
+
+        options["device"] = together.mesh.device
+        with byte_bars("loading") if together.first else nullcontext([None]) as (progress,):
+            network = load_part(folder, together, **options, progress=progress)
+    else:
+        with byte_bars("loading") as (progress,):
+            network = load_weights(folder, **options, progress=progress)
     assert tokenizer is not None  # without a config.json nothing was loaded
     return network, tokenizer
 

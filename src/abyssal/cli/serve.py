@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from abyssal.cli.decoding import DraftsOption
-from abyssal.cli.loaded import (
-    AllowMissingOption,
-    DeviceOption,
-    DtypeOption,
-    ModelArgument,
-    WeightsOption,
-    load_model,
-)
+from abyssal.cli.loaded import AllowMissingOption, DeviceOption, DtypeOption, ModelArgument, WeightsOption
+from abyssal.cli.processes import ExpertOption, TensorOption, gather, loaded
 
 
 def serve_command(
@@ -43,6 +38,8 @@ def serve_command(
     weights: WeightsOption = "auto",
     device: DeviceOption = "auto",
     allow_missing: AllowMissingOption = None,
+    tensor: TensorOption = 1,
+    expert: ExpertOption = 1,
 ) -> None:
     """Serve a model: OpenAI's API under /v1, a chat page at /. Ctrl-C lets running answers finish."""
     from abyssal.errors import UserError
@@ -66,12 +63,16 @@ def serve_command(
             raise UserError(f"{option}: {number} is not valid; expected a number above 0")
     if api_key is not None and not (api_key.isascii() and api_key.isprintable() and api_key.strip() == api_key != ""):
         raise UserError("--api-key: expected printable ASCII characters, without blanks around them")
-    with bind(host, port) as own:
-        network, tokenizer = load_model(model, dtype=dtype, weights=weights, device=device, allow_missing=allow_missing)
+    together = gather(tensor, expert, device)
+    with together.agreed("a port"):
+        own = bind(host, port) if together.first else None
+    options: dict[str, Any] = {"dtype": dtype, "weights": weights, "device": device, "allow_missing": allow_missing}
+    with own or nullcontext(), loaded(together, model, **options) as (network, tokenizer, others):
+        assert own is not None  # the other processes are in there until the server ends
         if tokenizer.chat is not None:
             tokenizer.chat.check()
         try:
-            engine = Engine(network, tokenizer, memory=int(memory * 2**30), most=running, drafts=drafts)
+            engine = Engine(network, tokenizer, memory=int(memory * 2**30), most=running, drafts=drafts, others=others)
         except (RuntimeError, MemoryError) as error:  # torch's allocators
             if "memory" not in str(error):
                 raise

@@ -34,10 +34,13 @@ _SIZES = (1, 2, 4, 8, 12, 16, 24, _ROWS)  # on a GPU
 
 
 class CapturedPasses:
-    """Runs passes over the pages ``pools`` of ``width`` pages a sequence at most; ``spare`` is a page of nobody's."""
+    """Runs passes over the pages ``pools`` of ``width`` pages a sequence at most; ``spare`` is a page of nobody's.
+    Where it is not ``allowed``, none is captured."""
 
-    def __init__(self, model: Transformer, pools: list[list[Tensor]], width: int, spare: int) -> None:
-        self.model, self.pools, self.width, self.spare = model, pools, width, spare
+    def __init__(
+        self, model: Transformer, pools: list[list[Tensor]], width: int, spare: int, allowed: bool = True
+    ) -> None:
+        self.model, self.pools, self.width, self.spare, self.allowed = model, pools, width, spare, allowed
         self.page = pools[0][0].shape[1]
         self.device = pools[0][0].device
         self.sizes: Sequence[int] = _SIZES if self.device.type == "cuda" else range(1, _ROWS + 1)
@@ -55,7 +58,7 @@ class CapturedPasses:
             self._known.clear()
         hooked = any(m._forward_hooks or m._forward_pre_hooks for m in self.model.modules())
         code = self.device.type == "cuda" or (self.device.type == "cpu" and native.library() is not None)
-        self._possible = code and not hooked
+        self._possible = self.allowed and code and not hooked
         return bool(before) and before != self._weights
 
     def run(

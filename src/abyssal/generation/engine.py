@@ -29,10 +29,9 @@ from torch import Tensor
 
 from abyssal.data.tokenizer import Tokenizer
 from abyssal.errors import UserError
-from abyssal.generation.captured import CapturedPasses
 from abyssal.generation.grammar import Grammar, Grammars
-from abyssal.generation.layout import lay_out
 from abyssal.generation.metrics import Metrics
+from abyssal.generation.passes import Others, Passes
 from abyssal.generation.pool import PagePool
 from abyssal.generation.prompts import absent_ids, check_ids, check_tokenizer, end_ids
 from abyssal.generation.routing import PassRouting
@@ -42,10 +41,8 @@ from abyssal.generation.sequence import Logprobs, Sequence
 from abyssal.generation.speculative import TRIAL, Confirmed, cost_of_a_draft, draft, verify
 from abyssal.generation.text import Text
 from abyssal.model import Recorder, Transformer
-from abyssal.model.attention import Context
 from abyssal.model.cache import cached_shapes
 from abyssal.model.modes import evaluating
-from abyssal.model.paged import PagedCache, attends_by_row
 
 PAGE = 64
 MEMORY = 2**30
@@ -70,6 +67,7 @@ class Engine:
     at least one whole context's. ``chunk`` is the most tokens that a step computes, ``most`` the most sequences it
     works on at a time. ``prefix_cache`` keeps computed text for prompts that begin with it. ``drafts`` is how many
     tokens ahead the model's MTP modules guess; None: as many as there are modules, as long as that pays; 0: none.
+    ``others`` are the processes that have the other parts of a divided model.
     """
 
     def __init__(
@@ -84,6 +82,7 @@ class Engine:
         most: int = 64,
         prefix_cache: bool = True,
         drafts: int | None = None,
+        others: Others | None = None,
     ) -> None:
         for name, value in (("pages", 1 if pages is None else pages), ("page", page), ("chunk", chunk), ("most", most)):
             if value < 1:
@@ -106,7 +105,7 @@ class Engine:
             pages = max(whole, memory // (values * weight.element_size() * layers * page))
         self.pool = PagePool(model.config, pages, page, layers=layers, dtype=weight.dtype, device=self.device)
         width = min(-(-model.config.max_position_embeddings // page), pages)
-        self.passes = CapturedPasses(model, self.pool.pools, width, spare=pages)
+        self.passes = Passes(model, self.pool, width, others)
         self.scheduler = Scheduler(
             self.pool, chunk=chunk, most=most, prefix_cache=prefix_cache, guesses=self.guesses, modules=modules
         )
@@ -114,7 +113,6 @@ class Engine:
         self.grammars = Grammars(tokenizer, self.ends, model.config.vocab_size)
         absent = absent_ids(model, tokenizer)
         self._absent = absent.to(self.device) if absent.any() else None
-        self._by_row = attends_by_row(model.config)
         self._ended = Metrics()
 
     @property
@@ -177,7 +175,7 @@ class Engine:
         guesses = self.guesses if grammar is None else 0
         sequence = Sequence(ids, len(ids), sampling, generator, room, text, grammar=grammar, guesses=guesses)
         sequence.routing = [] if routing else None
-        if not self.busy and self.passes.refresh():
+        if not self.busy and self.passes.captured.refresh():
             self.pool.forget()
         self.scheduler.waiting.append(sequence)
         return sequence
@@ -206,29 +204,15 @@ class Engine:
     def _run(self, work: list[Work], recorder: Recorder | None) -> tuple[Tensor, Tensor]:
         """States [1, N, D] of all tokens, and logits [., V] of what follows those whose last token is among them:
         behind that, and behind each draft."""
-        work.sort(key=lambda w: not w.span.attends_by_row(self._by_row))
-        ragged = lay_out([w.span for w in work], self.pool.page, self.device, self._by_row)
+        work.sort(key=lambda w: not w.span.attends_by_row(self.passes.by_row))
         tokens: list[int] = []
         rows: list[int] = []
         for w in work:
             tokens += w.tokens
             if w.last:
                 rows += range(len(tokens) - 1 - (w.count - w.sequence.pending), len(tokens))
-        given = torch.tensor([tokens], device=self.device)
-        if len(rows) == len(tokens):
-            embedded = [self.model.model.embed_tokens(given)]
-            hidden, logits = self.passes.run("step", self._decode, embedded, ragged, recorder)
-        else:
-            hidden = self.model.hidden(given, cache=PagedCache(self.pool.pools, ragged), recorder=recorder)
-            # The head on rows that count: a long prompt's logits at every position would be the largest tensor here.
-            logits = self.model.lm_head(hidden[0, rows])
+        hidden, logits = self.passes.step([w.span for w in work], tokens, rows, recorder)
         return hidden, logits if self._absent is None else logits.masked_fill(self._absent, float("-inf"))
-
-    def _decode(
-        self, inputs: list[Tensor], context: Context, cache: PagedCache, recorder: Recorder | None
-    ) -> list[Tensor]:
-        hidden = self.model.through_blocks(inputs[0], context, cache=cache, recorder=recorder)
-        return [hidden, self.model.lm_head(hidden[0])]
 
     # postprocess
 
@@ -263,7 +247,7 @@ class Engine:
                 confirmed.append(Confirmed(s, start, s.computed, slice(row, row + s.computed - start), s in chosen))
             row += w.count
         if confirmed:
-            draft(self.model, self.pool, self.passes, confirmed, states, self._absent, self._by_row)
+            draft(self.passes, confirmed, states, self._absent)
         for w in work:
             if w.sequence.finished is None and w.sequence.ending is None:
                 self.scheduler.publish(w.sequence)

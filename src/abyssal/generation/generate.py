@@ -10,6 +10,7 @@ from typing import Any, overload
 from abyssal.data.tokenizer import Tokenizer
 from abyssal.errors import UserError, nearest
 from abyssal.generation.engine import PAGE, Engine
+from abyssal.generation.passes import Others
 from abyssal.generation.prompts import are_ids, prompt_ids
 from abyssal.generation.sampling import Sampling, make_generators
 from abyssal.generation.sequence import Sequence
@@ -117,12 +118,22 @@ def prepare(
     *,
     schema: str | dict[str, Any] | None = None,
     drafts: int | None = None,
+    others: Others | None = None,
 ) -> tuple[Engine, list[Sequence]]:
     """An engine that has taken in the prompts ``ids``, of which there is at least one, with pages for as many as it
-    works on at a time; and its sequences, in their order. Raises as :func:`generate` does."""
+    works on at a time; and its sequences, in their order. ``others`` as for :class:`Engine`. Raises as :func:`generate`
+    does."""
     context = model.config.max_position_embeddings
     needed = sorted(-(-min(len(prompt) + sampling.max_new_tokens, context) // PAGE) for prompt in ids)[-MOST:]
-    engine = Engine(model, tokenizer, pages=sum(needed), most=len(needed), prefix_cache=len(ids) > 1, drafts=drafts)
+    engine = Engine(
+        model,
+        tokenizer,
+        pages=sum(needed),
+        most=len(needed),
+        prefix_cache=len(ids) > 1,
+        drafts=drafts,
+        others=others,
+    )
     generators = make_generators(sampling.seed, len(ids), engine.device)
     pairs = zip(ids, generators, strict=True)
     return engine, [engine.add(prompt, sampling, generator=g, schema=schema) for prompt, g in pairs]

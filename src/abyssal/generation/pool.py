@@ -46,7 +46,7 @@ class PagePool:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self.page, self.pages = page, pages
+        self.page, self.pages, self.device = page, pages, device
         self.pools = make_pools(config, pages + 1, page, layers=layers, dtype=dtype, device=device)
         """[layer][tensor], [pages + 1, page, …] each; the last page is nobody's, for rows that fill a pass up."""
         self.root = Node(-1, (), None)

@@ -20,15 +20,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from abyssal.generation.captured import CapturedPasses
-from abyssal.generation.layout import Span, lay_out
-from abyssal.generation.pool import PagePool
+from abyssal.generation.layout import Span
+from abyssal.generation.passes import Passes
 from abyssal.generation.sampling import filter_logits, sample
 from abyssal.generation.sequence import Draft, Sequence
-from abyssal.model import Recorder, Transformer
-from abyssal.model.attention import Context
+from abyssal.model import Transformer
 from abyssal.model.block import Block
-from abyssal.model.paged import PagedCache
 
 TRIAL = 32  # guesses after which a sequence's acceptance is judged
 # Bytes a second from memory, by device; and seconds that a step and a guess take beside reading: scheduling, drawing,
@@ -77,21 +74,13 @@ def verify(logits: Tensor, sequence: Sequence) -> list[int]:
     return out
 
 
-def draft(
-    model: Transformer,
-    pool: PagePool,
-    passes: CapturedPasses,
-    confirmed: Items[Confirmed],
-    states: Tensor,
-    absent: Tensor | None,
-    by_row: bool,
-) -> None:
+def draft(passes: Passes, confirmed: Items[Confirmed], states: Tensor, absent: Tensor | None) -> None:
     """Gives every sequence of ``confirmed`` that has all of its tokens computed but the last as many drafts as it
     wants; its pages must have room for them. Of the others the modules read what is confirmed. ``states`` [1, N, D]
     are the pass's; ``absent`` [V] ids are never guessed.
     """
-    modules = len(model.mtp_modules)
-    order = sorted(confirmed, key=lambda c: not Span((), c.start, c.end).attends_by_row(by_row))
+    modules = len(passes.model.mtp_modules)
+    order = sorted(confirmed, key=lambda c: not Span((), c.start, c.end).attends_by_row(passes.by_row))
     spans = [Span(c.sequence.pages, c.start, c.end) for c in order]
     ends = [sum(span.end - span.start for span in spans[: i + 1]) - 1 for i in range(len(spans))]
     last = [end for end, c in zip(ends, order, strict=True) if c.drew]
@@ -109,7 +98,7 @@ def draft(
                 for text, c in zip(known, order, strict=True)
                 for position in range(c.start, c.end)
             ]
-            hidden = _through(model, depth, pool, passes, spans, hidden, tokens, by_row)
+            hidden = passes.draft(depth, spans, tokens, hidden)
             ahead = hidden[:, last]
         else:
             going_on = [row for row, s in enumerate(sequences) if s.wanted > depth]
@@ -119,8 +108,8 @@ def draft(
             position = [len(s.tokens) - 2 + depth - modules + 1 for s in sequences]
             single = [Span(s.pages, p, p + 1) for s, p in zip(sequences, position, strict=True)]
             guessed = [s.drafts[-1].token for s in sequences]
-            ahead = _through(model, modules - 1, pool, passes, single, ahead, guessed, by_row)
-        logits = model.lm_head(ahead[0])
+            ahead = passes.draft(modules - 1, single, guessed, ahead)
+        logits = passes.head(ahead[0])
         if absent is not None:
             logits = logits.masked_fill(absent, float("-inf"))
         for row, sequence in enumerate(sequences):
@@ -131,27 +120,6 @@ def draft(
                 sequence.guesses = 0
             else:
                 sequence.drafts.append(guess)
-
-
-def _through(
-    model: Transformer,
-    depth: int,
-    pool: PagePool,
-    passes: CapturedPasses,
-    spans: Items[Span],
-    hidden: Tensor,
-    tokens: list[int],
-    by_row: bool,
-) -> Tensor:
-    embedding = model.model.embed_tokens(torch.tensor([tokens], device=hidden.device))
-
-    def compute(inputs: list[Tensor], context: Context, cache: PagedCache, recorder: Recorder | None) -> list[Tensor]:
-        before, embedded = inputs
-        return [model.draft_hidden(depth, before, embedded, context, cache)]
-
-    ragged = lay_out(spans, pool.page, hidden.device, by_row)
-    (out,) = passes.run(("draft", depth), compute, [hidden, embedding], ragged)
-    return out
 
 
 def _guess(logits: Tensor, sequence: Sequence) -> Draft | None:

@@ -27,7 +27,9 @@ from abyssal.kernels import native
 Kind = Literal["int8", "int4"]
 
 GROUP = 32
-_BLOCK = {"int8": 64, "int4": 128}
+BLOCK = {"int8": 64, "int4": 128}
+"""Numbers to which rows are filled up."""
+
 _MIDDLE = {"int8": 128, "int4": 8}
 _ROWS = 1024  # of a matrix that are quantised or dequantised at a time
 _NATIVE = (torch.float32, torch.bfloat16)
@@ -54,7 +56,7 @@ class Packed:
 
 def packed_shapes(shape: tuple[int, ...], kind: Kind) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Shapes of ``data`` and ``scales`` for a matrix of ``shape`` [..., O, I]."""
-    columns = -(-shape[-1] // _BLOCK[kind]) * _BLOCK[kind]
+    columns = -(-shape[-1] // BLOCK[kind]) * BLOCK[kind]
     return (*shape[:-1], columns if kind == "int8" else columns // 2), (*shape[:-1], columns // GROUP)
 
 
@@ -82,7 +84,7 @@ def _compiled(tensor: Tensor) -> bool:
 
 
 def _quantize_rows(rows: Tensor, kind: Kind) -> tuple[Tensor, Tensor]:
-    padded = F.pad(rows.float(), (0, -rows.shape[-1] % _BLOCK[kind]))
+    padded = F.pad(rows.float(), (0, -rows.shape[-1] % BLOCK[kind]))
     groups = padded.unflatten(-1, (-1, GROUP))
     scale = _scale8(groups) if kind == "int8" else _scale4(groups)
     stored = (_rounded(groups, scale, kind) + _MIDDLE[kind]).to(torch.uint8).flatten(-2)

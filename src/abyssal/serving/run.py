@@ -56,7 +56,7 @@ def is_loopback(own: socket.socket) -> bool:
 def warm_up(engine: Engine) -> None:
     """Lets the engine write two tokens: kernels are compiled at their first use, which should be nobody's wait."""
     model = engine.model
-    own = Engine(model, engine.tokenizer, pages=1, prefix_cache=False)
+    own = Engine(model, engine.tokenizer, pages=1, prefix_cache=False, others=engine.passes.others)
     start = engine.tokenizer.bos_id
     own.add([0 if start is None else start], Sampling(max_new_tokens=2, temperature=0))
     while own.busy:
