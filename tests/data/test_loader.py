@@ -3,7 +3,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from abyssal.data.loader import Batch, Loader, validation_batches
@@ -68,6 +68,32 @@ def test_resuming_is_exact_at_any_point(sizes: dict[str, int], extra: int, seed:
     assert resumed.state_dict() == state
     assert all(same(resumed.next(), batch) for batch in expected)
     assert resumed.state_dict() == loader.state_dict()
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    lives=st.lists(st.tuples(st.sampled_from([1, 2, 4]), st.integers(1, 5)), min_size=1, max_size=5),
+    batch_size=st.sampled_from([4, 8]),
+    extra=st.integers(0, 60),
+)
+@example(lives=[(1, 3), (2, 3), (4, 3), (1, 3)], batch_size=4, extra=30)
+def test_batches_are_the_same_however_many_processes_share_them(
+    lives: list[tuple[int, int]], batch_size: int, extra: int
+):
+    """Stopped again and again and continued by another number of processes: nothing is repeated or left out."""
+    shards, sizes = shards_of(10 + extra), {"batch_size": batch_size, "sequence_length": 5, "lookahead": 2}
+    whole = Loader(shards, **sizes, seed=3)
+    state = whole.state_dict()
+    for processes, batches in lives:
+        parts = [Loader(shards, **sizes, seed=3, part=(n, processes)) for n in range(processes)]
+        for part in parts:
+            part.load_state_dict(state)
+        for _ in range(batches):
+            own, right = [part.next() for part in parts], whole.next()
+            assert torch.equal(torch.cat([batch.tokens for batch in own]), right.tokens)
+            assert torch.equal(torch.cat([batch.documents for batch in own]), right.documents)
+        (state,) = {tuple(part.state_dict().items()) for part in parts}
+        state = dict(state)
 
 
 def test_a_batch_may_span_the_end_of_an_epoch():

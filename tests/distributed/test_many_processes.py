@@ -193,12 +193,12 @@ def test_what_stops_one_stops_all_with_its_reason(tmp_path: Path) -> None:
         lambda m: m.fail("books.txt: no such file"),
         lambda m: m.arrive("ready"),
     )
-    assert [str(found[0]), str(found[2])] == ["books.txt: no such file"] * 2
+    assert [str(found[0]), str(found[2])] == ["process 1: books.txt: no such file"] * 2
 
 
 def test_different_recipes_are_told_apart(tmp_path: Path) -> None:
     found = everyone(meetings(tmp_path, 2), lambda m: m.same("recipe", "lr 1"), lambda m: m.same("recipe", "lr 2"))
-    assert all("recipe: process 1 has another one than process 0" in str(error) for error in found)
+    assert all("recipe: lr 2 on process 1, lr 1 on process 0; all have to be" in str(error) for error in found)
 
 
 def test_nobody_waits_for_ever(tmp_path: Path) -> None:

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -28,6 +29,9 @@ from abyssal.config import read_config
 from abyssal.errors import UserError
 from abyssal.model import Transformer
 
+if TYPE_CHECKING:
+    import torch.distributed as dist
+
 SHARDED = "sharded"
 """The folder of a checkpoint that has the parts."""
 _OFFSETS = "DCP_SHARDING_INFO"  # in a file's metadata: where each of its tensors begins in the whole one
@@ -38,12 +42,21 @@ def is_sharded(folder: Path) -> bool:
     return (folder / SHARDED).is_dir()
 
 
-def write(tensors: Mapping[str, Tensor], folder: Path) -> None:
-    """Writes ``tensors`` (DTensors, or the same on every process) into ``folder``. All processes have to call it."""
+def write(tensors: Mapping[str, Tensor], folder: Path, group: dist.ProcessGroup | None = None) -> None:
+    """Writes ``tensors`` (DTensors, or the same on every process), which lie in the host's memory, into ``folder``. All
+    processes have to call it; they talk through ``group``. Raises UserError, on all of them, where one could not write
+    its part."""
     import torch.distributed.checkpoint as dcp
 
     writer = dcp.HuggingFaceStorageWriter(str(folder / SHARDED), save_distributed=True)
-    dcp.save(dict(tensors), storage_writer=writer)
+    writer.per_thread_copy_ahead = 0  # nothing is to be fetched from a GPU, whose context a thread would make anew
+    with _readable(folder):
+        dcp.save(dict(tensors), storage_writer=writer, process_group=group)
+
+
+def staged(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A copy in the host's memory, which stays as it is while training goes on."""
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
 
 
 def read(tensors: Mapping[str, Tensor], folder: Path) -> None:
@@ -58,7 +71,8 @@ def read(tensors: Mapping[str, Tensor], folder: Path) -> None:
             raise UserError(f"{folder / SHARDED}: no {name}")
         if stored[name].size != tensor.shape:
             raise UserError(f"{folder / SHARDED}: {name}: {list(stored[name].size)}, expected {list(tensor.shape)}")
-    with torch.no_grad():
+    with torch.no_grad(), _readable(folder), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as asked
         dcp.load(dict(tensors), storage_reader=reader, no_dist=not dist.is_initialized())
 
 
@@ -73,6 +87,21 @@ def read_all(folder: Path, prefix: str) -> dict[str, Tensor]:
     if wanted:
         read(wanted, folder)
     return wanted
+
+
+@contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    """What the disk, or a file's content, made fail on any process becomes a UserError on every one."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    try:
+        yield
+    except CheckpointException as error:
+        rank, (cause, _) = min(error.failures.items())
+        if not isinstance(cause, OSError | SafetensorError):
+            raise
+        reason = cause.strerror if isinstance(cause, OSError) and cause.strerror else cause
+        raise UserError(f"{folder / SHARDED}: process {rank}: {reason}") from None
 
 
 def _stored(folder: Path) -> tuple[Any, dict[str, Any]]:

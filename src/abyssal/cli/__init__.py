@@ -80,10 +80,6 @@ def main() -> None:
         code = typer.main.get_command(app).main(args=_arguments(sys.argv[1:]), standalone_mode=False)
     except UserError as error:
         code = _fail(str(error))
-        if "RANK" in os.environ:
-            from abyssal.distributed.launch import end_together
-
-            end_together()
     except UnicodeEncodeError as error:
         code = _fail(f"{error.object[max(error.start - 20, 0) : error.end + 20]!r}: has no UTF-8 form")
     except MemoryError as error:
@@ -99,6 +95,8 @@ def main() -> None:
     except Exception as error:
         if isinstance(error, RuntimeError) and "memory" in str(error):  # torch's allocators
             sys.exit(_fail(f"not enough memory: {str(error).splitlines()[0]}"))
+        if (lost := _contact_lost(error)) is not None:
+            sys.exit(lost)
         # What typer says of wrong arguments; by its method, since typer brings a click of its own from some version on.
         if not hasattr(error, "format_message"):
             raise
@@ -119,10 +117,27 @@ def _arguments(arguments: list[str]) -> list[str]:
     return out
 
 
-def _fail(message: str) -> int:
-    if os.environ.get("RANK", "0") == "0":  # of the processes that torchrun started, one speaks
-        print(f"abyssal: error: {_one_line(message)}", file=sys.stderr)
-    return 2
+def _fail(message: str, code: int = 2) -> int:
+    def say() -> None:
+        print(f"abyssal: error: {_one_line(message)}", file=sys.stderr, flush=True)
+
+    if "RANK" not in os.environ:
+        say()
+    else:  # of the processes that torchrun started, one speaks
+        from abyssal.distributed.launch import end_together
+
+        end_together(message, say, wait=code == 2)
+    return code
+
+
+def _contact_lost(error: Exception) -> int | None:
+    """The exit code, where ``error`` came of the end of another of the processes that torchrun started."""
+    if "RANK" not in os.environ:
+        return None
+    from abyssal.distributed.launch import contact_lost
+
+    lost = contact_lost(error)
+    return None if lost is None else _fail(*lost)
 
 
 def _one_line(message: str) -> str:
@@ -132,4 +147,5 @@ def _one_line(message: str) -> str:
 
 
 def _show_warning(message: Any, *_: Any, **__: Any) -> None:
-    print(f"abyssal: warning: {_one_line(str(message))}", file=sys.stderr)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"abyssal: warning: {_one_line(str(message))}", file=sys.stderr)

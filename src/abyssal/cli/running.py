@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -114,7 +115,9 @@ class _Page:
 
 
 class _StopOnSignal:
-    """Ctrl-C and SIGTERM ask the trainer to stop after the step at hand; a second Ctrl-C ends the program at once."""
+    """Ctrl-C and SIGTERM ask the trainer to stop after the step at hand; a second Ctrl-C ends the program at once. Of a
+    signal to a whole job torchrun's processes get two, their own and the one that torchrun hands on: there they count
+    as one."""
 
     def __init__(self) -> None:
         self.received: list[int] = []
@@ -126,7 +129,7 @@ class _StopOnSignal:
         self.previous = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
 
     def _handle(self, number: int, _: Any) -> None:
-        if self.received:
+        if self.received and number == signal.SIGINT and "RANK" not in os.environ:
             raise KeyboardInterrupt
         self.received.append(number)
 

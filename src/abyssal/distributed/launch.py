@@ -1,16 +1,22 @@
 """How the processes that torchrun started find each other, and fail together.
 
-Everything up to the first step goes through a key-value store rather than through collectives: a process that cannot go
-on says why in the store, the others find it there, and all end with the same line instead of waiting.
+Everything up to the first step, and whatever ends a run, goes through a key-value store rather than through
+collectives: a process that cannot go on says why in the store, the others find it there, and all end with the same line
+instead of waiting.
 """
 
 from __future__ import annotations
 
+import math
 import os
+import re
+import signal
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import zip_longest
 
 import torch
 import torch.distributed as dist
@@ -20,8 +26,9 @@ from abyssal.distributed.mesh import Mesh
 from abyssal.distributed.together import Together
 from abyssal.errors import UserError
 
-_FAILED = "failed"
+_FAILED, _SAID = "failed", "said"
 _POLL = 0.05  # seconds
+_GOODBYE = 10.0  # seconds that a process which ends waits for the others
 
 
 def started_by_torchrun() -> int | None:
@@ -47,32 +54,49 @@ class Meeting:
 
     def fail(self, why: str) -> None:
         """Tells everyone that this process cannot go on. The first reason stays."""
-        self.store.compare_set(_FAILED, "", why)
+        self.store.compare_set(_FAILED, "", f"process {self.rank}: {why}" if self.rank else why)
 
-    def arrive(self, name: str, said: str = "") -> list[str]:
-        """Waits until all have arrived at ``name``; returns what each of them ``said``.
+    @property
+    def failed(self) -> str | None:
+        """Why some process cannot go on; None: all can."""
+        return self.store.get(_FAILED).decode() if self.store.check([_FAILED]) else None
+
+    def arrive(self, name: str, said: str = "", *, patient: bool = False, heed: bool = True) -> list[str]:
+        """Waits until all have arrived at ``name``; returns what each of them ``said``. ``patient`` waits as long as it
+        takes: what another is at may take hours, and should it die, torchrun ends this process too. Without ``heed`` it
+        makes no difference that one has failed.
 
         Raises UserError where one of them has failed, or did not come in time.
         """
         self.store.set(f"{name}/{self.rank}", said)
-        until = time.monotonic() + self.limit
+        until = math.inf if patient else time.monotonic() + self.limit
         words = []
         for rank in range(self.size):
             while not self.store.check([f"{name}/{rank}"]):
-                if self.store.check([_FAILED]):
-                    raise UserError(self.store.get(_FAILED).decode())
+                if heed and (why := self.failed) is not None:
+                    raise UserError(why)
                 if time.monotonic() > until:
                     raise UserError(f"process {rank} of {self.size} did not get to {name!r} within {self.limit:.0f} s")
                 time.sleep(_POLL)
             words.append(self.store.get(f"{name}/{rank}").decode())
         return words
 
+    def once(self, say: Callable[[], None]) -> None:
+        """Calls ``say``, unless a process has done so already."""
+        if self.store.add(_SAID, 1) == 1:
+            say()
+
     def same(self, what: str, value: str) -> None:
-        """Raises UserError where ``value`` is not everywhere what it is on process 0."""
+        """Raises UserError, with the first line that differs, where ``value`` is not everywhere what it is on process
+        0."""
         values = self.arrive(what, value)
-        other = [rank for rank, theirs in enumerate(values) if theirs != values[0]]
-        if other:
-            raise UserError(f"{what}: process {other[0]} has another one than process 0; all have to be started alike")
+        for rank, theirs in enumerate(values):
+            for ours, other in zip_longest(values[0].splitlines(), theirs.splitlines(), fillvalue="nothing"):
+                if ours != other:
+                    raise UserError(
+                        f"{what}: {other.strip()} on process {rank}, {ours.strip()} on process 0; all have to be "
+                        "started alike"
+                    )
 
 
 def meet(limit: float = 300.0) -> Meeting:
@@ -98,16 +122,48 @@ def join(meeting: Meeting, parallel: ParallelConfig, device: torch.device) -> To
     return Together(Mesh(parallel, device), meeting)
 
 
-def end_together() -> None:
-    """Waits a moment for the others to end too: torchrun kills those that run when the first one has ended, and what
-    they had to say would be lost."""
-    if (started_by_torchrun() or 1) > 1:
-        with suppress(UserError, RuntimeError):
-            meet(limit=10.0).arrive("the end")
+def end_together(why: str, say: Callable[[], None], *, wait: bool = True) -> None:
+    """Tells the others ``why`` this process ends, and waits a moment for them to end too: torchrun kills those that run
+    when one has ended. One process calls ``say``: the first, or where that does not come, another. Without ``wait``:
+    where a process is gone already, and the first that finds out says so."""
+    first = os.environ.get("RANK", "0") == "0"
+    if (started_by_torchrun() or 1) == 1:
+        say()
+        return
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it comes as soon as one has ended; we end by ourselves
+    try:
+        meeting = meet(limit=_GOODBYE)
+        if first or not wait:
+            meeting.once(say)
+        if wait:
+            meeting.fail(why)
+            with suppress(UserError):
+                meeting.arrive("the end", heed=False)
+            meeting.once(say)
+    except RuntimeError:  # the store is gone too
+        if first:
+            say()
+
+
+def contact_lost(error: BaseException) -> tuple[str, int] | None:
+    """What to say, and the exit code, where ``error`` came of another process's end; None where it is another one."""
+    if not (isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error))):
+        return None
+    with suppress(RuntimeError):
+        if (why := meet(limit=_GOODBYE).failed) is not None:
+            return why, 2
+    text = re.sub(r"^\[[^]]*\] ", "", str(error).splitlines()[0]).split(". ")[0]
+    return (
+        f"another process of this job has ended or does not answer ({text}); what stands above, and torchrun's report, "
+        "say which; continue with --resume, or let torchrun do so with --max-restarts"
+    ), 1
 
 
 def own_device(device: torch.device) -> torch.device:
-    """``device``, with the GPU that is this process's."""
+    """``device``, with the GPU that is this process's. Raises UserError where there are more processes than GPUs."""
     if device.type != "cuda" or device.index is not None:
         return device
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    index, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if index >= count:
+        raise UserError(f"process {index + 1} of this machine has no GPU, there are {count}; torchrun --nproc-per-node")
+    return torch.device("cuda", index)

@@ -116,7 +116,7 @@ class Together(Alone):
     def first_then_others(self, name: str) -> Iterator[None]:
         assert self.meeting is not None
         if not self.first:
-            self.meeting.arrive(name)
+            self.meeting.arrive(name, patient=True)  # the first may have a corpus to tokenise
         yield
         if self.first:
             self.meeting.arrive(name)

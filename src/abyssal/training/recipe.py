@@ -159,10 +159,15 @@ class SamplesConfig(Config):
 
 
 class CheckpointConfig(Config):
-    """Every ``every`` steps and at the end; the last ``keep`` stay, and the one with the best validation loss."""
+    """Every ``every`` steps and at the end; the last ``keep`` stay, and the one with the best validation loss.
+
+    ``background``: several processes copy their parts into the host's memory (12 bytes for each weight of a part) and
+    write them while training goes on; ``false`` goes on when they are written, as one process always does.
+    """
 
     every: PositiveInt = 100
     keep: PositiveInt = 2
+    background: bool = True
 
 
 class LogConfig(Config):

@@ -6,65 +6,117 @@ One process writes a model folder in the published layout and training.safetenso
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import Future
+from datetime import timedelta
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from abyssal.checkpoint import load_model, read_tensors, write_tensors
+from abyssal.checkpoint import load_model, read_tensors, sharded, write_tensors
 from abyssal.checkpoint.folder import config_to_json
 from abyssal.distributed.together import local
 from abyssal.errors import UserError
 from abyssal.training.weights import lows
 
 if TYPE_CHECKING:
+    import torch.distributed as dist
+
+    from abyssal.distributed.together import Alone
     from abyssal.training.trainer import Trainer
 
 TRAINING_STATE = "training.safetensors"
 
 
-def save(trainer: Trainer) -> None:
-    """Writes a checkpoint of the state after ``trainer.done`` steps."""
-    run, step, keep = trainer.run, trainer.done, trainer.recipe.checkpoint.keep
-    state = {"step": step, "tokens": trainer.tokens, "loader": trainer.loader.state_dict(), "best": trainer.best}
-
-    def write(folder: Path) -> None:
-        trainer.parts.keeper.write(trainer.model, folder, lows(trainer.model, trainer.optimizer))
-        trainer.tokenizer.save(folder)
-        write_tensors(_optimizer(trainer) | _balancers(trainer), folder / TRAINING_STATE)
-
-    if not trainer.together.sharded:
-        run.save(step, state, write, keep)
-    elif not run.checkpoint(step).exists():  # a run stopped at a step that it had just saved
-        _save_together(trainer, state)
+_LONG = timedelta(hours=1)  # that one part may take to write longer than another; of a death the others hear at once
 
 
-def _save_together(trainer: Trainer, state: dict[str, Any]) -> None:
-    from abyssal.checkpoint import sharded
+class Saver:
+    """Writes a run's checkpoints, one at a time. A checkpoint counts once it is whole: the first process gives it its
+    name when every part is on the disk."""
 
-    run, step, together = trainer.run, trainer.done, trainer.together
-    tensors = _everything(trainer)
+    def __init__(self, together: Alone) -> None:
+        self._under_way: Future[None] | None = None
+        self._group: dist.ProcessGroup | None = None
+        if together.sharded:
+            import torch.distributed as dist
 
-    def write(folder: Path) -> None:
-        config = trainer.model.config
-        (folder / "config.json").write_text(config_to_json(config, torch.float32), encoding="utf-8")
-        trainer.tokenizer.save(folder)
-        together.tell(f"save {step}", str(folder))
-        sharded.write(tensors, folder)
+            # Of its own: what the thread says must not get between what training says.
+            self._group = dist.new_group(backend="gloo", timeout=_LONG)
 
-    with together.agreed(f"saved {step}"):
-        if together.first:
-            run.save(step, state, write, trainer.recipe.checkpoint.keep)
+    @property
+    def failed(self) -> bool:
+        """Whether a save in the background has failed; :meth:`wait` raises why."""
+        job = self._under_way
+        return job is not None and job.done() and job.exception() is not None
+
+    def wait(self) -> None:
+        """Waits for the save under way. Raises UserError or OSError where the disk did not take it; what was there
+        before is still there then."""
+        job, self._under_way = self._under_way, None
+        if job is not None:
+            job.result()
+
+    def save(self, trainer: Trainer) -> None:
+        """Saves the state after ``trainer.done`` steps; several processes do so in the background, where the recipe
+        wants that. Raises what :meth:`wait` does."""
+        self.wait()
+        run, step, settings = trainer.run, trainer.done, trainer.recipe.checkpoint
+        state = {"step": step, "tokens": trainer.tokens, "loader": trainer.loader.state_dict(), "best": trainer.best}
+        if not trainer.together.sharded:
+            run.save(step, state, lambda folder: _write(trainer, folder), settings.keep)
+        elif not run.checkpoint(step).exists():  # a run stopped at a step that it had just saved
+            # A copy: the next step changes what is being written.
+            tensors = sharded.staged(_everything(trainer))
+            self._under_way = _in_background(lambda: self._save_together(trainer, state, tensors))
+            if not settings.background:
+                self.wait()
+
+    def _save_together(self, trainer: Trainer, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        together, step = trainer.together, state["step"]
+
+        def write(folder: Path) -> None:
+            config = trainer.model.config
+            (folder / "config.json").write_text(config_to_json(config, torch.float32), encoding="utf-8")
+            trainer.tokenizer.save(folder)
+            together.tell(f"save {step}", str(folder))
+            sharded.write(tensors, folder, self._group)
+
+        with together.agreed(f"saved {step}"):
+            if together.first:
+                trainer.run.save(step, state, write, trainer.recipe.checkpoint.keep)
+            else:
+                sharded.write(tensors, Path(together.tell(f"save {step}")), self._group)
+
+
+def _in_background(work: Callable[[], None]) -> Future[None]:
+    """The outcome of ``work``, which a thread does. It keeps no process alive that has to end."""
+    outcome: Future[None] = Future()
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:
+            outcome.set_exception(error)
         else:
-            sharded.write(tensors, Path(together.tell(f"save {step}")))
+            outcome.set_result(None)
+
+    Thread(target=run, name="checkpoint", daemon=True).start()
+    return outcome
+
+
+def _write(trainer: Trainer, folder: Path) -> None:
+    trainer.parts.keeper.write(trainer.model, folder, lows(trainer.model, trainer.optimizer))
+    trainer.tokenizer.save(folder)
+    write_tensors(_optimizer(trainer) | _balancers(trainer), folder / TRAINING_STATE)
 
 
 def resume(trainer: Trainer, step: int) -> None:
     """Takes the state of the checkpoint after ``step`` steps; all weights are FP32. Raises UserError where it does not
     fit."""
-    from abyssal.checkpoint import sharded
-
     run, folder = trainer.run, trainer.run.checkpoint(step)
     state = run.state(step)
     if state["step"] != step:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import platform
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 
@@ -131,17 +131,29 @@ def _start(
     with tempfile.TemporaryDirectory() as folder:
         parts.tokenizer.save(folder)
         files |= {file.name: file.read_text(encoding="utf-8") for file in Path(folder).iterdir()}
+    _check_shared(path, path.resolve().parent, together)
     with together.first_then_others("run"):
-        run = Run.create(path, files, overwrite=overwrite) if together.first else _shared(path)
+        run = Run.create(path, files, overwrite=overwrite) if together.first else Run(path)
     kind.begin(recipe, parts, path)
     return Trainer(recipe, parts, run, **options)
 
 
-def _shared(path: Path) -> Run:
-    """The run that the first process made."""
-    if not (path / MANIFEST).is_file():
-        raise UserError(f"{path}: not there on {platform.node()}; all processes need to see the same folder")
-    return Run(path)
+def _check_shared(path: Path, folder: Path, together: Alone) -> None:
+    """Raises UserError, on all processes, where they do not mean the same run ``path``, or do not see the same
+    ``folder``, which it is or lies in. Leaves nothing there."""
+    if not together.sharded:
+        return
+    probe = folder / f"{path.resolve().name}.{together.tell('probe', uuid4().hex)}{PARTIAL}"
+    try:
+        with together.agreed("all looked"), together.first_then_others("looked"):
+            if together.first:
+                folder.mkdir(parents=True, exist_ok=True)
+                probe.touch()
+            elif not probe.exists():
+                raise UserError(f"{path}: not what process 0 has there; all processes need to see one run folder")
+    finally:
+        if together.first:
+            probe.unlink(missing_ok=True)
 
 
 def _join(recipe: RunRecipe) -> Alone:
@@ -204,6 +216,7 @@ def resume(
         stored = recipe
     together = _join(stored)
     with together.agreed("prepared"):
+        _check_shared(path, path.resolve(), together)
         return _resume(stored, path, run, kind, together, options)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -150,6 +151,7 @@ class Trainer:
         self._logged = 0  # tokens when metrics were last written
         self.best: dict[str, Any] | None = None
         self.board: Board | None = None
+        self.saver = saving.Saver(parts.together)
 
     def train(self) -> bool:
         """Runs to the recipe's last step. True when it got there, False when asked to stop. The model's weights are
@@ -163,7 +165,9 @@ class Trainer:
             self.board = Board(self.run.path / "tensorboard", self.done + 1)
         self._step.begin()
         try:
-            return self._train()
+            finished = self._train()
+            self.saver.wait()
+            return finished
         finally:
             self._step.finish()
             if self.board is not None:
@@ -177,7 +181,8 @@ class Trainer:
         while self.done < steps:
             pending.append(self.step())
             self.done += 1
-            last, stopping = self.done == steps, self.together.any(self.should_stop())
+            # Where a save in the background has failed, all stop; the next one says why.
+            last, stopping = self.done == steps, self.together.any(self.should_stop() or self.saver.failed)
             validating = last or self.done % r.validation.every == 0
             saving = last or stopping or self.done % r.checkpoint.every == 0
             # A record never reaches over a checkpoint: what was pending when a run is killed would be lost to it.
@@ -222,6 +227,8 @@ class Trainer:
                 raise self._not_finite(step, error.what, error.value) from None
 
     def _not_finite(self, step: int, what: str, value: float) -> UserError:
+        with suppress(UserError, OSError):
+            self.saver.wait()
         steps = self.run.steps()
         kept = f"the last good checkpoint is {self.run.checkpoint(steps[-1])}" if steps else "no checkpoint yet"
         return UserError(
@@ -317,7 +324,7 @@ class Trainer:
 
     def save(self) -> None:
         """Writes a checkpoint of the state after ``done`` steps."""
-        saving.save(self)
+        self.saver.save(self)
 
     def resume(self, step: int) -> None:
         """Takes the state of the checkpoint after ``step`` steps. Raises UserError where it does not fit."""
