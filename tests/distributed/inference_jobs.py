@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from abyssal.checkpoint import save_model
 from abyssal.config import ModelConfig
@@ -128,6 +129,18 @@ def together(
         follow(model, telling)
         assert telling.ended == 0
     return found, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def sums(numbers: int) -> list[bytes]:
+    """What a sum of random numbers is to the last bit, for several sizes."""
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    out = []
+    for count in (1, 7, 64, numbers):
+        for dtype in (torch.float32, torch.bfloat16):
+            x = torch.randn(count, generator=generator).to(dtype)
+            dist.all_reduce(x)
+            out.append(x.view(torch.uint8).numpy().tobytes())
+    return out
 
 
 def orders(sent: list[list[int]]) -> list[list[int]]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gc
+import json
 import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from inference_jobs import DENSE, LITE, V1, V3, WIDE, Answer, alone, write
+from inference_jobs import DENSE, LITE, TOKENIZER, V1, V3, WIDE, Answer, alone, write
+from torch import Tensor
 from workers import Workers
 
 from abyssal.checkpoint import load_model
@@ -18,7 +21,10 @@ from abyssal.checkpoint.parts import Part
 from abyssal.config import ModelConfig
 from abyssal.distributed.inference import check, parallel_of
 from abyssal.errors import UserError
-from abyssal.model import Transformer
+from abyssal.generation import Sampling
+from abyssal.generation.engine import Engine
+from abyssal.loading import load_weights
+from abyssal.model import RoutingRecorder, Transformer
 
 LAYOUTS: list[dict[str, int]] = [{"tensor": 2}, {"expert": 2}, {"tensor": 2, "expert": 2}]
 MODELS = {"v3": V3, "v1": V1, "lite": LITE, "dense": DENSE, "wide": WIDE}
@@ -159,6 +165,80 @@ def test_no_process_has_more_than_its_part(workers: Workers, folders: dict[str, 
 def test_orders_arrive_as_they_are(workers: Workers) -> None:
     sent = [[5], [0], list(range(1022)), list(range(1023)), list(range(1024)), list(range(5000)), [-(2**62), 2**62]]
     assert workers.run("inference_jobs.orders", sent, size=2) == [sent, sent]
+
+
+@pytest.mark.parametrize("many", [2, 4])
+def test_sums_are_equal_to_the_last_bit(workers: Workers, many: int) -> None:
+    """Else two processes could route a token differently."""
+    first, *others = workers.run("inference_jobs.sums", 5000, size=many)
+    assert others == [first] * (many - 1)
+
+
+class Nobody:
+    """Others that note what they are told."""
+
+    def __init__(self) -> None:
+        self.closed: list[int] = []
+        self.told: list[list[int]] = []
+        self.lost = False
+
+    def number(self) -> int:
+        return 7
+
+    def tell(self, order: list[int], given: Tensor | None = None) -> None:
+        self.told.append(order)
+
+    def hear(self) -> list[int]:
+        return []
+
+    def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        raise NotImplementedError
+
+
+def test_a_pass_that_is_broken_off_loses_the_others(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, others = load_model(folders["lite"]), Nobody()
+    engine = Engine(model, TOKENIZER, others=others)
+    engine.add([65, 66], Sampling(temperature=0, max_new_tokens=3))
+    engine.step()
+    assert not others.lost
+
+    def fail(*_: Any) -> Tensor:
+        raise MemoryError
+
+    monkeypatch.setattr(model.model.norm, "forward", fail)
+    with pytest.raises(MemoryError):
+        engine.step()
+    assert others.lost
+
+
+def test_others_hear_of_engines_that_have_gone(folders: dict[str, Path]) -> None:
+    model, others = load_model(folders["lite"]), Nobody()
+    engine = Engine(model, TOKENIZER, others=others)
+    del engine
+    gc.collect()
+    assert others.closed == [7]
+    again = Engine(model, TOKENIZER, others=others)
+    again.add([65, 66], Sampling(temperature=0, max_new_tokens=2))
+    again.step()
+    assert [7 in order[:2] for order in others.told] == [True] * 4  # opened, opened, closed, a step
+    assert others.closed == []
+
+
+def test_outputs_of_divided_layers_are_not_recorded(folders: dict[str, Path]) -> None:
+    engine = Engine(load_model(folders["lite"]), TOKENIZER, others=Nobody())
+    engine.add([65, 66])
+    with pytest.raises(ValueError, match="outputs of divided layers"):
+        engine.step(Outputs())
+
+
+class Outputs(RoutingRecorder):
+    def record_outputs(self, layer: int, routed: Tensor, shared: Tensor | None) -> None: ...
+
+
+def test_adapters_have_to_be_merged_first(folders: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(folders["lite"])}))
+    with pytest.raises(UserError, match=r"an adapter or overlay; .* abyssal export"):
+        load_weights(tmp_path, part=Part(2, 1, 0, 8))
 
 
 @pytest.mark.parametrize(

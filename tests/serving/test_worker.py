@@ -375,6 +375,26 @@ def test_an_engine_that_is_beyond_repair(failing: Served, caplog: pytest.LogCapt
     failing.http.get("/metrics")  # is answered, well or not
 
 
+class Lost(Failing):
+    """Has lost the other processes of its model once it has failed."""
+
+    @property
+    def lost(self) -> bool:
+        return True
+
+
+def test_an_engine_that_has_lost_its_other_processes(model: Transformer, byte_level: Tokenizer):
+    for served in serving(engine_for(model, byte_level, Lost)):
+        assert served.complete("x", max_tokens=2).usage.completion_tokens == 2
+        served.engine.failures = 1
+        with pytest.raises(openai.InternalServerError) as caught:
+            served.complete("x", max_tokens=2)
+        assert caught.value.code == "engine_error"
+        assert served.http.get("/health").status_code == 503
+        with pytest.raises(openai.InternalServerError, match="start the server anew"):
+            served.complete("x", max_tokens=2)
+
+
 # the worker itself
 
 

@@ -66,15 +66,20 @@ def loaded(
     if not isinstance(together, Together):
         yield *load_model(model, **options), None
         return
-    from abyssal.distributed.inference import Telling
+    from abyssal.distributed.inference import Telling, lost_contact
     from abyssal.generation.passes import follow
 
     with together.agreed("loaded"):
         network, tokenizer = load_model(model, **options, together=together)
     telling = Telling(together)
     if not together.first:
-        with _undisturbed():
-            follow(network, telling)
+        try:
+            with _undisturbed():
+                follow(network, telling)
+        except RuntimeError as error:
+            if not lost_contact(error):
+                raise
+            raise typer.Exit(1) from None  # process 0 has gone, and has said why, or torchrun does
         together.part_ways()
         if telling.ended == 2:
             raise UserError("process 0 could not go on")

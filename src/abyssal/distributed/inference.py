@@ -204,6 +204,11 @@ def _sum(own: Tensor, group: dist.ProcessGroup) -> Tensor:
     return own
 
 
+def lost_contact(error: BaseException) -> bool:
+    """Whether ``error`` came of another process's end."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error))
+
+
 class Telling:
     """How process 0 tells the others what to compute (:class:`abyssal.generation.passes.Others`), in numbers: nothing
     of what comes is taken for code. All processes make it at the same time.
@@ -217,7 +222,7 @@ class Telling:
         self.device = together.mesh.device
         self._orders = dist.new_group(backend="gloo", timeout=_FOR_EVER)
         self._numbers = itertools.count()
-        self._lost = False
+        self.lost = False
         self.ended: int | None = None
         """The exit code with which process 0 has ended."""
 
@@ -227,7 +232,7 @@ class Telling:
 
     def tell(self, order: list[int], given: Tensor | None = None) -> None:
         """Raises RuntimeError where a pass was broken off before: the others may still wait for the rest of it."""
-        if self._lost:
+        if self.lost:
             raise RuntimeError("a pass was broken off, and the other processes no longer follow; start them anew")
         self._send([len(order), *order])
         if given is not None:
@@ -235,7 +240,7 @@ class Telling:
 
     def end(self, code: int = 0) -> None:
         """There is nothing more; ``code`` is the exit code of all."""
-        if not self._lost and self.ended is None:
+        if not self.lost and self.ended is None:
             self.ended = code
             self._send([0, code])
 
@@ -258,10 +263,6 @@ class Telling:
         out = torch.empty(shape, dtype=dtype, device=self.device)
         dist.broadcast(out, 0)
         return out
-
-    def lose(self) -> None:
-        """Nothing more can be told."""
-        self._lost = True
 
     def _send(self, numbers: list[int]) -> None:
         message = torch.tensor([*numbers, *[0] * (_FIRST - len(numbers))], dtype=torch.int64)

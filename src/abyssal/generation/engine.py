@@ -121,6 +121,11 @@ class Engine:
         return bool(self.scheduler.waiting or self.scheduler.running)
 
     @property
+    def lost(self) -> bool:
+        """Whether it can compute no more, since the processes of a divided model are no longer together."""
+        return self.passes.others is not None and self.passes.others.lost
+
+    @property
     def metrics(self) -> Metrics:
         """What was done so far, for all sequences; a copy."""
         out = copy.deepcopy(self._ended)

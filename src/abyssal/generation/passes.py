@@ -34,21 +34,20 @@ class Others(Protocol):
 
     closed: list[int]
     """Numbers of pools that nobody uses any more, which the others are told with the next pass."""
+    lost: bool
+    """Whether a pass was broken off: the others may wait for the rest of it, and nothing more can be told."""
 
     def number(self) -> int:
         """A new pool's."""
 
     def tell(self, order: list[int], given: Tensor | None = None) -> None:
-        """``order`` is not empty. Raises RuntimeError where the others can no longer follow."""
+        """``order`` is not empty. Raises RuntimeError where the others are lost."""
 
     def hear(self) -> list[int]:
         """The next order; [] when there are no more."""
 
     def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """What was given with the order that was heard last."""
-
-    def lose(self) -> None:
-        """A pass was broken off: the others may wait for the rest of it."""
 
 
 class Passes:
@@ -128,7 +127,7 @@ class Passes:
         try:
             yield
         except BaseException:
-            self.others.lose()
+            self.others.lost = True
             raise
 
 

@@ -295,6 +295,7 @@ class Worker:
         )
 
     def _fail(self, error: Exception) -> None:
+        self.healthy = self.healthy and not self.engine.lost
         said = f"{type(error).__name__}: {' '.join(str(error).split())}"
         out: list[tuple[Ticket, Piece]] = []
         for sequence, (ticket, index, _) in self._owners.items():
