@@ -25,6 +25,7 @@ import time
 from pathlib import Path
 
 import torch
+from charts import drawn
 from machine import markdown
 
 import abyssal
@@ -184,38 +185,13 @@ def show(options: argparse.Namespace) -> None:
         options.svg.mkdir(parents=True, exist_ok=True)
         curves = {way: own["healing"]["curve"] for way, own in found.items() if "healing" in own}
         if curves:
-            lines = {way: ([p[0] / 1000 for p in c], [p[1] for p in c]) for way, c in curves.items()}
+            lines = {NAMES[way]: ([p[0] / 1000 for p in c], [p[1] for p in c]) for way, c in curves.items()}
             drawing = drawn(lines, "thousand tokens of healing", "perplexity, WikiText-2", log=True)
             (options.svg / "upcycling-healing.svg").write_text(drawing, encoding="utf-8")
         cosines = {way: own["conversion"]["attention"]["fitted"] for way, own in found.items() if "conversion" in own}
-        lines = {way: (list(range(len(of))), of) for way, of in cosines.items()}
+        lines = {NAMES[way]: (list(range(len(of))), of) for way, of in cosines.items()}
         drawing = drawn(lines, "layer", "cosine with the dense attention's output")
         (options.svg / "upcycling-layers.svg").write_text(drawing, encoding="utf-8")
-
-
-def drawn(lines: dict[str, tuple[list[float], list[float]]], across: str, up: str, log: bool = False) -> str:
-    """A chart as an SVG: a line for each way."""
-    import urllib.parse
-
-    import plotly.graph_objects as go
-    from playwright.sync_api import sync_playwright
-
-    figure = go.Figure()
-    for way, (x, y) in lines.items():
-        style = {"dash": "dot"} if way == "dense" else {}
-        figure.add_scatter(x=x, y=y, mode="lines+markers", name=NAMES[way], line=style)
-    size = {"width": 860, "height": 420}
-    figure.update_layout(template="plotly_white", margin={"l": 60, "r": 20, "t": 20, "b": 50}, **size)
-    figure.update_layout(xaxis_title=across, yaxis_title=up)
-    if log:
-        figure.update_yaxes(type="log", dtick="D1")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"))
-        page = browser.new_page()
-        page.set_content(figure.to_html(include_plotlyjs=True, div_id="curve"))
-        url: str = page.evaluate("size => Plotly.toImage('curve', {format: 'svg', ...size})", size)
-        browser.close()
-    return urllib.parse.unquote(url.split(",", 1)[1])
 
 
 def main() -> None:

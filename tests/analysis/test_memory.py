@@ -8,10 +8,11 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from abyssal.analysis.activations import Adapters, StepShape, count_activations, stage_layers
+from abyssal.analysis.activations import Adapters, StepShape, count_activations
 from abyssal.analysis.inventory import Inventory
 from abyssal.analysis.memory import Layout, TrainingMemory, TrainingSetup, adapter_parameters
 from abyssal.config import ModelConfig, preset
+from abyssal.config.parallel import stage_layers
 from abyssal.data.loader import Batch
 from abyssal.kernels import native
 from abyssal.model import Transformer

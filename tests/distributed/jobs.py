@@ -15,6 +15,7 @@ from abyssal.checkpoint.folder import config_to_json
 from abyssal.config import ModelConfig
 from abyssal.config.parallel import ParallelConfig
 from abyssal.data.loader import Batch
+from abyssal.distributed import initial
 from abyssal.distributed.experts import SpreadExperts
 from abyssal.distributed.mesh import Mesh
 from abyssal.distributed.parts import as_divided, matrices, own_part
@@ -123,6 +124,25 @@ def gathered(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: whole(tensor) for name, tensor in matrices(tensors).items()}
 
 
+def deep_enough(parallel: dict[str, Any]) -> dict[str, Any]:
+    """What a model needs for as many stages."""
+    stages = ParallelConfig(**parallel).stages
+    return {"num_hidden_layers": stages} if stages > 2 else {}
+
+
+def micro_batches(parallel: dict[str, Any]) -> int:
+    return max(ParallelConfig(**parallel).stages, 2)
+
+
+def all_names(tensors: dict[str, Tensor]) -> set[str]:
+    """The names that any process has; and that none is on two stages of a pipeline."""
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, sorted(tensors))
+    different = {tuple(names) for names in everyone}
+    assert sum(len(names) for names in different) == len(set().union(*different))
+    return set().union(*different)
+
+
 def gradients(
     parallel: dict[str, Any], recompute: bool = False, isolated: bool = False, **changes: Any
 ) -> dict[str, float]:
@@ -130,21 +150,23 @@ def gradients(
     ``changes``."""
     together = together_for(parallel)
     found = []
+    changes, count = deep_enough(parallel) | changes, micro_batches(parallel)
     for who in (Alone(), together):
         model = model_of(**changes).double()
         who.divide(model, torch.float32)
         step = step_of(model, who, recompute=recompute)
         step.optimizer.step = lambda scale: None  # so that gradients stay
-        batches = [replace(batch, isolated=isolated) for batch in batches_of(0)]
+        batches = [replace(batch, isolated=isolated) for batch in batches_of(0, count)]
         result = step([part_of(batch, who) for batch in batches], LENGTH, 1e-3, 0.0)
         found.append((result, gathered({name: p.grad for name, p in model.named_parameters()}), model))
     (alone, right, one), (shared, mine, other) = found
-    worst = max(float((mine[name] - grad).norm() / grad.norm()) for name, grad in right.items())
-    assert mine.keys() == right.keys()
+    worst = max(float((grad - right[name]).norm() / right[name].norm()) for name, grad in mine.items())
+    assert all_names(mine) == right.keys()
     assert alone.counts == shared.counts
     for layer, load in alone.loads.items():
         assert torch.equal(load, shared.loads[layer])
-        assert torch.equal(*(m.routers[layer].e_score_correction_bias for m in (one, other)))
+        if layer in other.routers or not together.pipeline:
+            assert torch.equal(*(m.routers[layer].e_score_correction_bias for m in (one, other)))
     return {
         "gradient": worst,
         "loss": abs(shared.loss / alone.loss - 1),
@@ -156,15 +178,14 @@ def gradients(
 
 def losses(parallel: dict[str, Any], steps: int, dtype: str = "float32") -> tuple[list[float], list[float]]:
     """Losses of ``steps`` steps by one process and by many."""
-    together = together_for(parallel)
+    together, count = together_for(parallel), micro_batches(parallel)
     out = []
     for who in (Alone(), together):
-        model = model_of()
+        model = model_of(**deep_enough(parallel))
         who.divide(model, getattr(torch, dtype))
         step = step_of(model, who, getattr(torch, dtype))
-        out.append(
-            [step([part_of(batch, who) for batch in batches_of(i)], LENGTH, 3e-3, i / steps).loss for i in range(steps)]
-        )
+        batches = ([part_of(batch, who) for batch in batches_of(i, count)] for i in range(steps))
+        out.append([step(own, LENGTH, 3e-3, i / steps).loss for i, own in enumerate(batches)])
     return out[0], out[1]
 
 
@@ -212,8 +233,9 @@ def _apart(a: Tensor, b: Tensor) -> float:
 
 def parts(parallel: dict[str, Any]) -> bool:
     """Whether each process has of every tensor what it should, and all of them together have it all."""
-    right, together = model_of(), together_for(parallel)
-    model = model_of()
+    changes = deep_enough(parallel)
+    right, together = model_of(**changes), together_for(parallel)
+    model = model_of(**changes)
     together.divide(model, torch.float32)
     wholes = matrices(dict(right.named_parameters()))
     for name, parameter in matrices(dict(model.named_parameters())).items():
@@ -221,6 +243,22 @@ def parts(parallel: dict[str, Any]) -> bool:
         assert torch.equal(local(parameter), mine), name
         again = as_divided(mine.detach().clone(), parameter)
         assert torch.equal(whole(again), wholes[name]), name
+    return True
+
+
+def first_weights(parallel: dict[str, Any]) -> bool:
+    """Whether a model that was divided on the meta device begins with what one process draws."""
+    changes, together = deep_enough(parallel), together_for(parallel)
+    right = Transformer(ModelConfig.model_validate(CONFIG | changes), generator=torch.Generator().manual_seed(7))
+    with torch.device("meta"):
+        model = Transformer(right.config)
+    initial._PIECE = 1000
+    together.divide(model, torch.float32, torch.Generator().manual_seed(7))
+    expected = matrices(right.state_dict())
+    mine = matrices(model.state_dict())
+    assert all_names(mine) == expected.keys()
+    for name, tensor in mine.items():
+        assert torch.equal(local(tensor), own_part(expected[name], tensor)), name
     return True
 
 
@@ -250,9 +288,12 @@ def restore(parallel: dict[str, Any], folder: str) -> bool:
     tensors = dict(model.state_dict()) | {f"optimizer.twice.{name}": tensor for name, tensor in twice.items()}
     sharded.read(matrices(tensors), Path(folder))
     mine = gathered(dict(model.state_dict()))
-    for name, tensor in matrices(right.state_dict()).items():
-        assert torch.equal(mine[name], tensor), name
+    expected = matrices(right.state_dict())
+    assert all_names(mine) == expected.keys()
+    for name, tensor in mine.items():
+        assert torch.equal(tensor, expected[name]), name
     mine = gathered(twice)
-    for name, tensor in matrices(dict(right.named_parameters())).items():
-        assert torch.equal(mine[name], 2 * tensor), name
+    assert all_names(mine) == matrices(dict(right.named_parameters())).keys()
+    for name, tensor in mine.items():
+        assert torch.equal(tensor, 2 * expected[name]), name
     return True

@@ -11,16 +11,19 @@ from hypothesis import strategies as st
 from jobs import CONFIG
 
 from abyssal.config import ModelConfig
-from abyssal.config.parallel import ParallelConfig
+from abyssal.config.parallel import ParallelConfig, stage_layers
 from abyssal.data.loader import Batch
 from abyssal.distributed.mesh import Place
 from abyssal.errors import UserError
 
 
-def check(model: ModelConfig | None = None, batch_size: int = 8, world: int | None = None, **axes: Any) -> None:
+def check(
+    model: ModelConfig | None = None, batch_size: int = 8, world: int | None = None, accumulate: int = 8, **axes: Any
+) -> None:
     parallel = ParallelConfig(**axes)
     model = model or ModelConfig.model_validate(CONFIG)
-    parallel.check(model, batch_size=batch_size, sequence_length=16, world=world or parallel.world)
+    world = world or parallel.world
+    parallel.check(model, batch_size=batch_size, sequence_length=16, world=world, accumulate=accumulate)
 
 
 @pytest.mark.parametrize(
@@ -32,7 +35,9 @@ def check(model: ModelConfig | None = None, batch_size: int = 8, world: int | No
         ({"replicate": 2, "shard": 6, "expert": 4, "batch_size": 12}, r"expert: 4 neither divides .* = 6 nor"),
         ({"shard": 16, "expert": 16, "batch_size": 16}, r"expert: 16 does not divide the 8 routed experts"),
         ({"tensor": 3}, r"parallel.tensor: 3 does not divide the model's num_attention_heads 4"),
-        ({"pipeline": 3}, r"parallel.pipeline: 3 stages are more than 2 layers"),
+        ({"pipeline": 3}, r"parallel.pipeline: 3 stages are more than the model's 2 layers"),
+        ({"pipeline": 2, "schedule": "dualpipev"}, r"pipeline: 2 × 2 .*dualpipev\) stages are more than the model's 2"),
+        ({"pipeline": 2, "accumulate": 1}, r"training.accumulate: 1 micro-batches do not fill a pipeline of 2 stages"),
         ({"context": 3}, r"sequence_length: 16 is no multiple of 2 × parallel.context = 6"),
     ],
 )
@@ -74,6 +79,23 @@ def test_studies_are_not_divided_within_a_layer(changes: dict[str, Any], axes: l
     for axis in axes:
         with pytest.raises(UserError, match=f"parallel.{axis}: 2: not with"):
             check(model, **{axis: 2})
+
+
+def test_a_tied_head_goes_with_schedules_that_do_not_split() -> None:
+    model = ModelConfig.model_validate(CONFIG | {"num_hidden_layers": 4, "tie_word_embeddings": True})
+    check(model, pipeline=2, schedule="interleaved")
+    with pytest.raises(UserError, match=r"parallel.schedule: zero_bubble: not with tie_word_embeddings"):
+        check(model, pipeline=2, schedule="zero_bubble")
+
+
+@given(pipeline=st.integers(1, 8), schedule=st.sampled_from(["1f1b", "interleaved", "zero_bubble", "dualpipev"]))
+def test_every_layer_is_in_one_stage_of_one_process(pipeline: int, schedule: Any) -> None:
+    model = ModelConfig.model_validate(CONFIG | {"num_hidden_layers": 17})
+    parallel = ParallelConfig(pipeline=pipeline, schedule=schedule)
+    stages = [stage for place in range(pipeline) for stage in parallel.stages_of(place)]
+    assert sorted(stages) == list(range(parallel.stages))
+    layers = [layer for stage in sorted(stages) for layer in stage_layers(model, parallel.stages, stage)]
+    assert layers == list(range(18))  # the MTP module is the last
 
 
 def test_places_are_all_different_and_tensor_changes_fastest() -> None:

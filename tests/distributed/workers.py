@@ -3,6 +3,7 @@ function (``module.name``, or a name in :mod:`jobs`) inside a process group of a
 
 from __future__ import annotations
 
+import faulthandler
 import importlib
 import queue
 import tempfile
@@ -27,11 +28,13 @@ def _serve(rank: int, inbox: Any, outbox: Any) -> None:
             dist.init_process_group(
                 "gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=LIMIT / 2)
             )
+            faulthandler.dump_traceback_later(0.8 * LIMIT)  # where a process hangs
             try:
                 module, _, name = job.rpartition(".")
                 function = getattr(importlib.import_module(module or "jobs"), name)
                 outbox.put((rank, function(*arguments, **options), None))
             finally:
+                faulthandler.cancel_dump_traceback_later()
                 dist.destroy_process_group()
         except BaseException:
             outbox.put((rank, None, traceback.format_exc()))

@@ -36,6 +36,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from abyssal.config import ModelConfig, MoEConfig
+from abyssal.config.parallel import stage_layers
 
 # What the kernels do, which the tests hold in step with them: rows that an expert's part of the buffer is padded to
 # (kernels/grouped.py), and how many logits stand in memory at once (kernels/loss.py).
@@ -161,15 +162,6 @@ def count_activations(config: ModelConfig, step: StepShape, pipeline: int = 1, s
         kept += [tables] if depths else []
         working.append(loss_working(config, step))
     return Activations(total(*kept), max(block.recomputed for block in blocks.values()), max(working))
-
-
-def stage_layers(config: ModelConfig, pipeline: int, stage: int) -> range:
-    """Layers of pipeline stage ``stage``, MTP modules counted on behind the last one's."""
-    layers, depths = config.num_hidden_layers, config.mtp.num_nextn_predict_layers
-    each, more = divmod(layers, pipeline)
-    start = stage * each + min(stage, more)
-    end = start + each + (stage < more)
-    return range(start, end + (depths if stage == pipeline - 1 else 0))
 
 
 def block_kind(config: ModelConfig, layer: int) -> tuple[bool, bool]:

@@ -42,9 +42,9 @@ from abyssal.analysis.activations import (
     StepShape,
     block_kind,
     count_activations,
-    stage_layers,
 )
 from abyssal.analysis.inventory import Inventory, Split, Weight
+from abyssal.config.parallel import stage_layers
 from abyssal.kernels.nf4 import nf4_shapes
 from abyssal.kernels.packed import Kind as Packing
 from abyssal.kernels.packed import packed_shapes

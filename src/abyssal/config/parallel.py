@@ -20,8 +20,9 @@ class ParallelConfig(Config):
     over the processes of replicate × shard × context: it is a part of those, not a factor of its own.
 
     ``gather``: ``again`` gives a block's weights back after its forward pass and gathers them once more for its
-    backward pass (ZeRO-3), ``once`` keeps them in between (ZeRO-2). ``offload`` keeps weights, gradients and optimizer
-    in the host's memory. ``schedule`` is the order of a pipeline's work.
+    backward pass (ZeRO-3), ``once`` keeps them in between (ZeRO-2; so do schedules that split the backward pass,
+    ``zero_bubble`` and ``dualpipev``). ``offload`` keeps weights, gradients and optimizer
+    in the host's memory. ``schedule`` is the order of a pipeline's work; but for ``1f1b`` a process has two stages.
     """
 
     replicate: PositiveInt = 1
@@ -55,14 +56,38 @@ class ParallelConfig(Config):
         return self.world == 1
 
     @property
+    def splits_backward(self) -> bool:
+        """Whether a pipeline works out the gradients of a stage's weights later than those of its inputs."""
+        return self.pipeline > 1 and self.schedule in ("zero_bubble", "dualpipev")
+
+    @property
+    def gathers_again(self) -> bool:
+        """Whether weights are given back between forward and backward passes."""
+        return self.gather == "again" and not self.splits_backward
+
+    @property
+    def stages(self) -> int:
+        """Stages of the pipeline, over all its processes."""
+        return self.pipeline * (1 if self.schedule == "1f1b" or self.pipeline == 1 else 2)
+
+    def stages_of(self, place: int) -> list[int]:
+        """The stages of the process that is ``place``-th in the pipeline. Of two the second is as far from the end as
+        the first from the beginning (a V); with ``interleaved`` the second half goes round like the first."""
+        if self.stages == self.pipeline:
+            return [place]
+        return [place, place + self.pipeline if self.schedule == "interleaved" else self.stages - 1 - place]
+
+    @property
     def product(self) -> str:
         """``world`` as it comes about."""
         factors = ("replicate", "shard", "context", "tensor", "pipeline")
         return " × ".join(f"{name} {getattr(self, name)}" for name in factors) + f" = {self.world}"
 
-    def check(self, model: ModelConfig, *, batch_size: int, sequence_length: int, world: int) -> None:
-        """Raises UserError, with the arithmetic, where this does not fit ``model``, the batch, or the number of
-        processes there are."""
+    def check(
+        self, model: ModelConfig, *, batch_size: int, sequence_length: int, world: int, accumulate: int = 1
+    ) -> None:
+        """Raises UserError, with the arithmetic, where this does not fit ``model``, the batch (``accumulate``
+        micro-batches of ``batch_size`` sequences), or the number of processes there are."""
         if self.world != world:
             raise UserError(
                 f"parallel: {self.product} processes; there are {world} "
@@ -78,8 +103,7 @@ class ParallelConfig(Config):
                 f"training.sequence_length: {sequence_length} is no multiple of 2 × parallel.context = "
                 f"{2 * self.context}"
             )
-        if self.pipeline > model.num_hidden_layers:
-            raise UserError(f"parallel.pipeline: {self.pipeline} stages are more than {model.num_hidden_layers} layers")
+        self._check_pipeline(model, accumulate)
         self._check_variants(model)
         self._check_tensor(model)
 
@@ -92,6 +116,28 @@ class ParallelConfig(Config):
                 )
         if self.tensor > 1 and model.moe is not None and model.moe.segments > 1:
             raise UserError(f"parallel.tensor: {self.tensor}: not with moe.segments {model.moe.segments}; expected 1")
+
+    def _check_pipeline(self, model: ModelConfig, accumulate: int) -> None:
+        if self.pipeline == 1:
+            return
+        if self.stages > model.num_hidden_layers:
+            two = "" if self.stages == self.pipeline else f" × 2 (parallel.schedule {self.schedule})"
+            raise UserError(
+                f"parallel.pipeline: {self.pipeline}{two} stages are more than the model's "
+                f"{model.num_hidden_layers} layers"
+            )
+        if self.splits_backward and model.tie_word_embeddings:
+            raise UserError(
+                f"parallel.schedule: {self.schedule}: not with tie_word_embeddings, since torch cannot split the "
+                "backward pass of a weight that is embedding and head; expected 1f1b or interleaved"
+            )
+        least = self.pipeline if self.schedule == "interleaved" else self.stages
+        if accumulate < least or (self.schedule == "interleaved" and accumulate % (accumulate // self.pipeline)):
+            raise UserError(
+                f"training.accumulate: {accumulate} micro-batches do not fill a pipeline of {self.stages} stages; "
+                f"expected at least {least}"
+                + (f", and a multiple of {self.pipeline}" if self.schedule == "interleaved" else "")
+            )
 
     def _check_experts(self, model: ModelConfig) -> None:
         if self.expert == 1:
@@ -127,3 +173,13 @@ class ParallelConfig(Config):
         for name, width in widths.items():
             if width % self.tensor:
                 raise UserError(f"parallel.tensor: {self.tensor} does not divide the model's {name} {width}")
+
+
+def stage_layers(config: ModelConfig, stages: int, stage: int) -> range:
+    """Layers of stage ``stage`` of a pipeline: as equal as they go, the first ones larger; MTP modules are counted on
+    behind the last one's."""
+    layers, depths = config.num_hidden_layers, config.mtp.num_nextn_predict_layers
+    each, more = divmod(layers, stages)
+    start = stage * each + min(stage, more)
+    end = start + each + (stage < more)
+    return range(start, end + (depths if stage == stages - 1 else 0))

@@ -36,13 +36,15 @@ class Batch:
     """`tokens` int64 [B, T + L]; `documents` int64 [B, T + L], the number of the document each token is in, -1 for
     padding (where `tokens` is 0). `learned` bool [B, T + L]: the tokens that count as targets, or None for all of
     them. `isolated`: attention stays within a document, and positions begin anew in each. `part`: of the T positions
-    of a sequence those that are worked out here, the others being somebody else's; None: all."""
+    of a sequence those that are worked out here, the others being somebody else's; None: all. `states` [B, T, D]: what
+    earlier layers, worked out elsewhere, have made of these positions."""
 
     tokens: torch.Tensor
     documents: torch.Tensor
     learned: torch.Tensor | None = None
     isolated: bool = False
     part: SequencePart | None = None
+    states: torch.Tensor | None = None
 
     def at(self, x: torch.Tensor, ahead: int, length: int) -> torch.Tensor:
         """Of `x` [B, T + L] what stands `ahead` tokens behind each of the `length` positions (of `part`, if there is

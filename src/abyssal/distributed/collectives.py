@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,6 +33,61 @@ def _exchanged(rows: Tensor, sent: list[int], received: list[int], group: dist.P
     out = rows.new_empty(sum(received), *rows.shape[1:])
     dist.all_to_all_single(out, rows.contiguous(), received, sent, group=group)
     return out
+
+
+class _Begun(torch.autograd.Function):
+    """The same, not waited for: what comes out may be read behind :class:`_Ended` alone."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup, under_way: _UnderWay
+    ) -> Tensor:
+        ctx.under_way = under_way
+        return under_way.begin(rows, sent, received, group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
+        return ctx.under_way.wait(), None, None, None, None
+
+
+class _Ended(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup, under_way: _UnderWay
+    ) -> Tensor:
+        ctx.sizes, ctx.group, ctx.under_way = (sent, received), group, under_way
+        under_way.wait()  # for what came in
+        return rows.view_as(rows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
+        sent, received = ctx.sizes
+        ctx.under_way.begin(grads[0], received, sent, ctx.group)
+        return grads[0], None, None, None, None  # in place of what is under way, which has another shape
+
+
+class _UnderWay:
+    """An exchange that has begun."""
+
+    def __init__(self) -> None:
+        self._begun: tuple[Any, Tensor, Tensor] | None = None
+
+    def begin(self, rows: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
+        rows = rows.contiguous()
+        out = rows.new_empty(sum(received), *rows.shape[1:])
+        work = dist.all_to_all_single(out, rows, received, sent, group=group, async_op=True)
+        self._begun = work, out, rows  # whose memory must not be given back before
+        return out
+
+    def wait(self) -> Tensor:
+        """What :meth:`begin` returned, with the rows in it."""
+        assert self._begun is not None
+        work, out, _ = self._begun
+        work.wait()
+        self._begun = None
+        return out
 
 
 class _Copied(torch.autograd.Function):
@@ -105,3 +161,14 @@ def exchange(rows: Tensor, sent: list[int], received: list[int], group: dist.Pro
     ``received[i]`` come from process i."""
     out: Tensor = _Exchange.apply(rows, sent, received, group)
     return out
+
+
+def exchange_meanwhile(
+    rows: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup, work: Callable[[], Any]
+) -> tuple[Tensor, Any]:
+    """:func:`exchange`, and what ``work`` returns, which is done while the rows travel. In the backward pass the
+    gradients travel while ``work``'s are worked out."""
+    under_way = _UnderWay()
+    begun = _Begun.apply(rows, sent, received, group, under_way)
+    done = work()
+    return _Ended.apply(begun, sent, received, group, under_way), done

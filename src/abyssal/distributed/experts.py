@@ -3,6 +3,8 @@
     sort assignments by expert → rows to the experts' processes (all-to-all) → grouped products there
     → rows back (all-to-all) → sum of each token's rows
 
+While the first rows travel the shared experts are worked out, and while their gradients travel, the shared experts'.
+
 An assignment's routing weight travels with its row: it goes in before an expert's last product, as it does on one
 process (:mod:`abyssal.kernels.grouped`). Counts are uneven, and a process may get no row at all.
 
@@ -11,17 +13,20 @@ Shapes: N tokens, K experts a token, E experts, e of them here, P processes, R r
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
-from abyssal.distributed.collectives import exchange
+from abyssal.distributed.collectives import exchange, exchange_meanwhile
 from abyssal.distributed.together import local
 from abyssal.kernels import grouped
 from abyssal.kernels.backend import product_dtype
-from abyssal.model.moe import Experts
+from abyssal.model.moe import Experts, MoE
+from abyssal.model.router import Routing
 
 
 class SpreadExperts(Experts):
@@ -48,8 +53,14 @@ class SpreadExperts(Experts):
 
     def forward(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         """As :meth:`Experts.forward`; every process of the group has to call it, each with its own tokens."""
+        return self.meanwhile(x, indices, weights, lambda: None)[0]
+
+    def meanwhile(
+        self, x: Tensor, indices: Tensor, weights: Tensor, work: Callable[[], Tensor | None]
+    ) -> tuple[Tensor, Tensor | None]:
+        """The same, and what ``work`` returns, which is done while rows travel."""
         if self.spread == 1:
-            return self.through(x, indices, weights, self.total)
+            return self.through(x, indices, weights, self.total), work()
         here = self.total // self.spread
         where = grouped.plan_without_padding(indices, self.total)
         counts = _counts(where, self.total)
@@ -58,18 +69,39 @@ class SpreadExperts(Experts):
         # [P, e] each, read once: how many rows go to and come from whom.
         both = torch.stack((counts, theirs)).view(2, self.spread, here).cpu()
         sent, received = both.sum(-1).tolist()
-        rows = exchange(grouped.gather(x.to(product_dtype(x)), where), sent, received, self.group)
         row_weights = exchange(grouped.row_weights(weights, where), sent, received, self.group)
+        gathered = grouped.gather(x.to(product_dtype(x)), where)
+        rows, done = exchange_meanwhile(gathered, sent, received, self.group, work)
         # From each process come its rows for the first expert here, then those for the second, and so on.
         experts = torch.arange(here).repeat(self.spread).repeat_interleave(both[1].flatten()).to(x.device)
         out = self.through(rows, experts.unsqueeze(1), row_weights.unsqueeze(1), here)
-        return grouped.combine(exchange(out, received, sent, self.group), where)
+        return grouped.combine(exchange(out, received, sent, self.group), where), done
 
     def gate_up(self, rows: Tensor, where: grouped.Plan) -> Tensor:
         return grouped.grouped_linear(rows, local(self.gate_up_proj).to(rows.dtype), where)
 
     def down(self, rows: Tensor, where: grouped.Plan) -> Tensor:
         return grouped.grouped_linear(rows, local(self.down_proj).to(rows.dtype), where)
+
+
+class SpreadMoE(MoE):
+    """A MoE layer whose routed experts are spread over the processes of ``mesh``."""
+
+    def __init__(self, whole: MoE, mesh: DeviceMesh) -> None:
+        nn.Module.__init__(self)
+        self.gate, self.shared_experts = whole.gate, whole.shared_experts
+        self.experts = SpreadExperts(whole.experts, mesh)
+
+    def parts(self, x: Tensor, routing: Routing) -> tuple[Tensor, Tensor | None]:
+        shared = self.shared_experts
+        assert isinstance(self.experts, SpreadExperts)
+        routed, beside = self.experts.meanwhile(
+            x.reshape(-1, x.shape[-1]),
+            routing.indices.flatten(0, 1),
+            routing.weights.flatten(0, 1),
+            lambda: None if shared is None else shared(x),
+        )
+        return routed.view(x.shape), beside
 
 
 def _counts(where: grouped.Plan, experts: int) -> Tensor:

@@ -37,8 +37,9 @@ from abyssal.model.router import Router, Routing
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
 
 
-def shard(model: Transformer, mesh: Mesh, dtype: torch.dtype) -> None:
-    """Shards ``model`` over ``mesh``; ``dtype`` is what products run in. Norms, routers and the embedding stay FP32."""
+def shard(model: Transformer, mesh: Mesh, dtype: torch.dtype, root: nn.Module | None = None) -> None:
+    """Shards ``model`` over ``mesh``; ``dtype`` is what products run in. Norms, routers and the embedding stay FP32.
+    ``root``: the module that is called, where that is not the model itself but has it within."""
     dense, experts = mesh.dense["replicate", "shard"], mesh.experts["replicate", "shard"]
     half = dtype == torch.bfloat16
     if Routing not in SUPPORTED_NODES:
@@ -47,14 +48,16 @@ def shard(model: Transformer, mesh: Mesh, dtype: torch.dtype) -> None:
     for block in (*model.blocks, *model.mtp_modules):
         if isinstance(block.mlp, MoE) and isinstance(block.mlp.experts, SpreadExperts):
             _shard(block.mlp.experts, experts, mesh, half)
+            register_fsdp_forward_method(block.mlp.experts, "meanwhile")
         if half:
             _shard([m for m in block.modules() if isinstance(m, RMSNorm | Router)], dense, mesh, False)
         _shard(block, dense, mesh, half)
-    if half and not model.config.tie_word_embeddings:
+    if half and isinstance(model.lm_head, nn.Linear) and not model.config.tie_word_embeddings:
         _shard(model.lm_head, dense, mesh, half, again=False)
     # What is left (embedding, last norm, head) stays gathered until the backward pass: the loss reads the head.
-    _shard(model, dense, mesh, False, again=False)
-    register_fsdp_forward_method(model, "hidden")
+    _shard(root or model, dense, mesh, False, again=False)
+    if root is None:
+        register_fsdp_forward_method(model, "hidden")
     if isinstance(model.lm_head, FSDPModule):
         model.hidden = _gathering_first(model.lm_head, model.hidden)  # type: ignore[method-assign]
 
@@ -79,7 +82,7 @@ def _shard(
     fully_shard(
         module,
         mesh=over,
-        reshard_after_forward=parallel.gather == "again" if again is None else again,
+        reshard_after_forward=parallel.gathers_again if again is None else again,
         mp_policy=policy if half else MixedPrecisionPolicy(),
         offload_policy=CPUOffloadPolicy(pin_memory=mesh.device.type == "cuda") if parallel.offload else OffloadPolicy(),
     )

@@ -25,7 +25,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from abyssal.distributed.collectives import copied, joined, summed
-from abyssal.distributed.experts import SpreadExperts
+from abyssal.distributed.experts import SpreadMoE
 from abyssal.distributed.loss import linear_cross_entropy
 from abyssal.distributed.together import local
 from abyssal.kernels import decode
@@ -44,11 +44,13 @@ def divide_by_tensor(model: Transformer, mesh: DeviceMesh, experts: DeviceMesh) 
             block.mlp = ParallelMoE(block.mlp, mesh, experts)
         else:
             block.mlp = ParallelMLP(block.mlp, mesh)
-    tied = model.config.tie_word_embeddings
-    model.model.embed_tokens = ParallelEmbedding(model.model.embed_tokens, mesh)
-    model.lm_head = ParallelHead(model.lm_head, mesh)
-    if tied:
-        model.lm_head.weight = model.model.embed_tokens.weight
+    # A pipeline's stage may have neither embedding nor head.
+    if isinstance(model.model.embed_tokens, nn.Embedding):
+        model.model.embed_tokens = ParallelEmbedding(model.model.embed_tokens, mesh)
+    if isinstance(model.lm_head, Linear):
+        model.lm_head = ParallelHead(model.lm_head, mesh)
+        if model.config.tie_word_embeddings:
+            model.lm_head.weight = model.model.embed_tokens.weight
 
 
 def _divide_attention(attention: nn.Module, mesh: DeviceMesh) -> None:
@@ -152,15 +154,12 @@ def _take_width(mlp: MLP, whole: MLP, mesh: DeviceMesh) -> None:
     mlp.down_proj = RowParallel(whole.down_proj, mesh, add=False)
 
 
-class ParallelMoE(MoE):
+class ParallelMoE(SpreadMoE):
     """A MoE layer whose experts, shared and routed, are divided by their width; the router is whole on everyone."""
 
     def __init__(self, whole: MoE, mesh: DeviceMesh, experts: DeviceMesh) -> None:
-        nn.Module.__init__(self)
+        super().__init__(whole, experts)
         self.group = mesh.get_group()
-        self.gate = whole.gate
-        self.experts = SpreadExperts(whole.experts, experts)
-        self.shared_experts = whole.shared_experts
         if self.shared_experts is not None:
             _take_width(self.shared_experts, self.shared_experts, mesh)
 

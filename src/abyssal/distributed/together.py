@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from abyssal.data.loader import Batch
     from abyssal.distributed.launch import Meeting
     from abyssal.distributed.mesh import Mesh
+    from abyssal.distributed.pipeline import Pipeline
     from abyssal.model import Transformer
 
 
@@ -36,6 +37,8 @@ class Alone:
     parts = 1
     """Of the batch's sequences each process has one part of so many."""
     part = 0
+    pipeline: Pipeline | None = None
+    """What runs the model's stages, where a process has some of them."""
 
     @contextmanager
     def agreed(self, name: str) -> Iterator[None]:
@@ -59,8 +62,9 @@ class Alone:
         """What of ``whole`` belongs to this process's part of ``parameter``."""
         return whole
 
-    def divide(self, model: Transformer, dtype: torch.dtype) -> None:
-        """Divides ``model``, whole and alike everywhere, in place; ``dtype`` is what products run in."""
+    def divide(self, model: Transformer, dtype: torch.dtype, generator: torch.Generator | None = None) -> None:
+        """Divides ``model``, whole and alike everywhere, in place; ``dtype`` is what products run in. One that is on
+        the meta device has its first weights drawn by ``generator``, or any where there is none."""
 
     def sum(self, x: Tensor) -> Tensor:
         """The sum over the processes that share the batch; ``x`` may be changed."""
@@ -68,6 +72,10 @@ class Alone:
 
     def sum_of_sequences(self, x: Tensor) -> Tensor:
         """The sum over the processes that have the parts of the same sequences; ``x`` may be changed."""
+        return x
+
+    def sum_of_stages(self, x: Tensor) -> Tensor:
+        """The sum over the processes of a pipeline; ``x`` may be changed."""
         return x
 
     def own_part(self, batch: Batch, length: int) -> Batch:
@@ -121,10 +129,10 @@ class Together(Alone):
         if self.first:
             self.meeting.arrive(name)
 
-    def divide(self, model: Transformer, dtype: torch.dtype) -> None:
+    def divide(self, model: Transformer, dtype: torch.dtype, generator: torch.Generator | None = None) -> None:
         from abyssal.distributed.apply import parallelize
 
-        parallelize(model, self.mesh, dtype)
+        self.pipeline = parallelize(model, self.mesh, dtype, generator)
 
     def tell(self, name: str, word: str = "") -> str:
         assert self.meeting is not None
@@ -151,6 +159,13 @@ class Together(Alone):
 
         if self.mesh.parallel.context > 1:
             dist.all_reduce(x, group=self.mesh.context)
+        return x
+
+    def sum_of_stages(self, x: Tensor) -> Tensor:
+        import torch.distributed as dist
+
+        if self.mesh.parallel.pipeline > 1:
+            dist.all_reduce(x, group=self.mesh.dense.get_group("pipeline"))
         return x
 
     def own_part(self, batch: Batch, length: int) -> Batch:
@@ -192,9 +207,7 @@ class Together(Alone):
             for axis in key[1]:
                 dist.all_reduce(square, group=meshes[key].get_group(axis))
             total = total + square
-        if self.mesh.parallel.pipeline > 1:
-            dist.all_reduce(total, group=self.mesh.dense.get_group("pipeline"))
-        return total.sqrt()
+        return self.sum_of_stages(total).sqrt()
 
     def part_ways(self) -> None:
         import torch.distributed as dist

@@ -76,12 +76,7 @@ class Transformer(nn.Module):
         if self.lm_head.weight.is_meta:
             return
         for name, parameter in self.named_parameters():
-            if name.endswith("norm.weight"):
-                parameter.fill_(1.0)
-            elif name.endswith(".bias"):
-                parameter.zero_()
-            else:
-                parameter.normal_(0.0, self.config.initializer_range, generator=generator)
+            draw_(name, parameter, self.config.initializer_range, generator)
         for router in self.routers.values():
             if router.e_score_correction_bias is not None:
                 router.e_score_correction_bias.zero_()
@@ -114,14 +109,16 @@ class Transformer(nn.Module):
         recompute: bool = False,
         documents: Tensor | None = None,
         part: SequencePart | None = None,
+        states: Tensor | None = None,
     ) -> Tensor:
         """Hidden states after ``model.norm``, [B, T, D]: what the head and the first MTP module take.
 
         ``recompute`` drops activations and computes them again in the backward pass. ``documents`` int64 [B, T]: which
         document each token of packed sequences is in, a run of equal numbers being one, and of -1 padding; every
         document comes out as it would alone. ``part``: tokens are these of longer sequences, whose other tokens' keys
-        and values it knows where to get; ``documents`` are those of the whole sequences. Raises ValueError for
-        documents or part together with a cache or ``valid``.
+        and values it knows where to get; ``documents`` are those of the whole sequences. ``states`` [B, T, D]: what
+        earlier blocks have made of the tokens, in place of embeddings, where this model has only later ones. Raises
+        ValueError for documents or part together with a cache or ``valid``.
         """
         self._check_tokens(tokens)
         count = tokens.shape[1]
@@ -137,7 +134,7 @@ class Transformer(nn.Module):
             context = self._context(cache.length, count, cache.valid, tokens.device, cached=unturned)
         else:
             context = self._training_context(count, tokens.device, valid, documents, part)
-        x = self.model.embed_tokens(tokens)
+        x = self.model.embed_tokens(tokens) if states is None else states
         out = self.through_blocks(x, context, cache=cache, valid=valid, recorder=recorder, recompute=recompute)
         if isinstance(cache, Cache):
             cache.length += count
@@ -255,7 +252,10 @@ class Transformer(nn.Module):
 
     def _rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         a = self.config.attention
-        return rotary_tables(self.config.rope, a.rotary_dim, positions, self.lm_head.weight.dtype)
+        weight = getattr(self.lm_head, "weight", None)
+        if weight is None:  # a stage of a pipeline without the head
+            weight = next(self.parameters())
+        return rotary_tables(self.config.rope, a.rotary_dim, positions, weight.dtype)
 
     def ragged_context(self, ragged: Ragged) -> Context:
         """What attention needs to know of the tokens of a ragged pass."""
@@ -277,6 +277,16 @@ class Transformer(nn.Module):
         if low < 0 or high >= self.config.vocab_size:
             bad = int(low) if low < 0 else int(high)
             raise UserError(f"tokens: id {bad} is outside the vocabulary of {self.config.vocab_size}")
+
+
+def draw_(name: str, weight: Tensor, std: float, generator: torch.Generator | None) -> None:
+    """First values of the parameter ``name``, in place."""
+    if name.endswith("norm.weight"):
+        weight.fill_(1.0)
+    elif name.endswith(".bias"):
+        weight.zero_()
+    else:
+        weight.normal_(0.0, std, generator=generator)
 
 
 def _real(documents: Tensor | None, part: SequencePart | None) -> Tensor | None:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from abyssal.data.loader import Batch, validation_batches
 from abyssal.data.shards import TokenShards
 from abyssal.distributed.together import Alone
 from abyssal.model import Transformer
 from abyssal.training.hardware import autocast
-from abyssal.training.loss import Objective
+from abyssal.training.loss import Losses, Objective, hidden_states
 
 
 @dataclass(frozen=True)
@@ -77,19 +78,47 @@ def evaluate(
         batch = whole.rows(together.part, together.parts) if together.parts > 1 else whole
         batch = together.own_part(batch, sequence_length)
         counts = objective.counts(model, batch, sequence_length, mtp=False)
-        with autocast(device, dtype):
-            losses = objective.losses(model, batch.to(device), sequence_length, counts)
-        nats += float(losses.nats[0])
+        losses = _losses(model, batch.to(device), sequence_length, counts, objective, dtype, together)
+        if losses is not None:
+            nats += float(losses.nats[0])
+            if losses.extras is not None:
+                extras = [total + float(more) for total, more in zip(extras, losses.extras, strict=True)]
         counted += counts[0]
         real = batch.at(batch.documents, 1, sequence_length) >= 0
         if batch.learned is not None:
             real &= batch.at(batch.learned, 1, sequence_length)
         seen += int(real.sum())
-        if losses.extras is not None:
-            extras = [total + float(more) for total, more in zip(extras, losses.extras, strict=True)]
-    nats, *extras = together.sum(torch.tensor([nats, *extras], dtype=torch.float64)).tolist()
+    sums = together.sum(torch.tensor([nats, *extras], dtype=torch.float64))
+    nats, *extras = together.sum_of_stages(sums).tolist()
     counted, seen = together.counts([counted, seen])
     size = held_out.bytes * min(seen / held_out.tokens, 1.0)
     bits = nats / math.log(2) / max(size, 1) if objective.unit == "token" else None
     means = {name: total / max(counted, 1) for name, total in zip(objective.names, extras, strict=True)}
     return Evaluation(nats / max(counted, 1), bits, counted, means)
+
+
+def _losses(
+    model: Transformer,
+    batch: Batch,
+    length: int,
+    counts: list[int],
+    objective: Objective,
+    dtype: torch.dtype,
+    together: Alone,
+) -> Losses | None:
+    """The losses of ``batch``; None on processes of a pipeline that have not its last stage."""
+    found: list[Losses] = []
+
+    def work(model: Transformer, index: int, states: Tensor | None = None, last: bool = True) -> Tensor:
+        own = replace(batch, states=states)
+        with autocast(batch.tokens.device, dtype):
+            if not last:
+                return hidden_states(model, own, length)
+            found.append(objective.losses(model, own, length, counts))
+        return found[0].nats[0]
+
+    if together.pipeline is None:
+        work(model, 0)
+    else:
+        together.pipeline.forward(work, batch.at(batch.tokens, 0, length).shape)
+    return found[0] if found else None

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from abyssal.data.loader import Batch
 from abyssal.kernels.loss import IGNORED, linear_cross_entropy
@@ -61,16 +62,30 @@ def compute_losses(
 
     ``counts`` is what :func:`count_targets` gave for it; without, they are read from the device, which is waited for.
     """
-    options: dict[str, Any] = {"recorder": recorder, "recompute": recompute}
-    options |= {"documents": documents_apart(batch, length), "part": batch.part}
-    hidden = [model.hidden(batch.at(batch.tokens, 0, length), **options)]
+    hidden = [hidden_states(model, batch, length, recorder=recorder, recompute=recompute)]
     if mtp and model.mtp_modules:
-        hidden += model.mtp_hidden(hidden[0], batch.tokens[:, : length + len(model.mtp_modules)], **options)
+        tokens, apart = batch.tokens[:, : length + len(model.mtp_modules)], documents_apart(batch, length)
+        options: dict[str, Any] = {"recorder": recorder, "recompute": recompute, "documents": apart}
+        hidden += model.mtp_hidden(hidden[0], tokens, part=batch.part, **options)
     nats = [
         _cross_entropy(model, h.flatten(0, 1), targets(batch, length, depth).flatten(), batch)
         for depth, h in enumerate(hidden)
     ]
     return Losses(nats, count_targets(batch, length, len(hidden) - 1) if counts is None else counts)
+
+
+def hidden_states(
+    model: Transformer, batch: Batch, length: int, *, recorder: Recorder | None = None, recompute: bool = False
+) -> Tensor:
+    """What ``model`` makes of the first ``length`` positions of ``batch`` (of its part of them), [B, length, D]."""
+    return model.hidden(
+        batch.at(batch.tokens, 0, length),
+        recorder=recorder,
+        recompute=recompute,
+        documents=documents_apart(batch, length),
+        part=batch.part,
+        states=batch.states,
+    )
 
 
 def head_weight(model: Transformer) -> Tensor:
@@ -120,7 +135,8 @@ class Objective:
 
     def counts(self, model: Transformer, batch: Batch, length: int, *, mtp: bool = True) -> list[int]:
         """How many of its units ``batch`` has: main model first, then, with ``mtp``, MTP modules that are trained."""
-        return count_targets(batch, length, len(model.mtp_modules) if self.mtp and mtp else 0)
+        depths = model.config.mtp.num_nextn_predict_layers
+        return count_targets(batch, length, depths if self.mtp and mtp else 0)
 
     def losses(
         self,
@@ -141,3 +157,21 @@ def total_loss(losses: Losses, step_counts: list[int], mtp_weight: float) -> Ten
     """The scalar to differentiate for one micro-batch; ``step_counts`` are the whole step's token counts."""
     main, *ahead = (n / max(count, 1) for n, count in zip(losses.nats, step_counts, strict=True))
     return main + mtp_weight / len(ahead) * torch.stack(ahead).sum() if ahead else main
+
+
+class _Joined(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, loss: Tensor) -> Tensor:
+        ctx.dtype = loss.dtype
+        return states.clone()  # schedules that split the backward pass do not take a view
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        return grads[0], torch.ones((), dtype=ctx.dtype, device=grads[0].device)
+
+
+def with_loss(states: Tensor, loss: Tensor) -> Tensor:
+    """``states``; where a gradient comes back to them, ``loss`` (a scalar) is differentiated too."""
+    out: Tensor = _Joined.apply(states, loss)
+    return out

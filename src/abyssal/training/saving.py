@@ -143,6 +143,8 @@ def _everything(trainer: Trainer, balancers: bool = True) -> dict[str, Tensor]:
     from abyssal.distributed.parts import matrices
 
     tensors = {name: tensor.detach() for name, tensor in trainer.model.state_dict().items()}
+    if trainer.model.config.tie_word_embeddings:
+        tensors.pop("lm_head.weight", None)  # the embedding's, which is there
     return matrices(tensors | _optimizer(trainer)) | (_balancers(trainer) if balancers else {})
 
 
@@ -189,7 +191,8 @@ def _take_balancers(trainer: Trainer, tensors: dict[str, Tensor]) -> None:
     for name, balancer in trainer.balancers.items():
         prefix = f"balance.{name}."
         found = {k.removeprefix(prefix): v.to(trainer.device) for k, v in tensors.items() if k.startswith(prefix)}
-        balancer.load_state_dict(found)
+        # Of a pipeline's layers a process keeps its own ones' state.
+        balancer.load_state_dict({k: v for k, v in found.items() if int(k.rpartition(".")[2]) in trainer.model.routers})
 
 
 @torch.no_grad()

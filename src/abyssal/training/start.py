@@ -88,7 +88,7 @@ def _prepare(
     loader = build_loader(recipe, config, train, together)
     t = recipe.training
     parts = Parts(
-        model=Transformer(config, generator=torch.Generator().manual_seed(t.seed)),
+        model=_new_model(config, t.seed, together),
         tokenizer=tokenizer,
         loader=loader,
         held_out=HeldOut.of_shards(validation, batch_size=t.batch_size, sequence_length=t.sequence_length),
@@ -165,14 +165,19 @@ def _join(recipe: RunRecipe) -> Alone:
     started = started_by_torchrun() or 1
     t = recipe.training
     parallel.check(
-        recipe.model_config_resolved(), batch_size=t.batch_size, sequence_length=t.sequence_length, world=started
+        recipe.model_config_resolved(),
+        batch_size=t.batch_size,
+        sequence_length=t.sequence_length,
+        accumulate=t.accumulate,
+        world=started,
     )
     if parallel.alone:
         return Alone()
-    if parallel.pipeline > 1:
-        raise UserError(f"parallel.pipeline: {parallel.pipeline}: this axis is not built yet; expected 1")
-    if t.compile and parallel.tensor > 1:
-        raise UserError("training.compile: true: not together with parallel.tensor; expected false")
+    for axis in ("tensor", "pipeline"):
+        if t.compile and getattr(parallel, axis) > 1:
+            raise UserError(f"training.compile: true: not together with parallel.{axis}; expected false")
+    if recipe.samples.prompts and parallel.pipeline > 1:
+        raise UserError("samples.prompts: not together with parallel.pipeline; expected []")
     if t.fp8:
         raise UserError("training.fp8: true: not together with several processes yet; expected false")
     if recipe.optimizer.name != "adamw" or recipe.optimizer.state == "8bit":
@@ -238,7 +243,7 @@ def _resume(stored: Any, path: Path, run: Run, kind: Kind, together: Alone, opti
                 f"{run.checkpoint(steps[-1]) / 'config.json'}: not the model that {path / RECIPE} describes"
             )
     _check_prompts(stored, parts.model, parts.tokenizer)
-    trainer = Trainer(stored, parts, run, **options)
+    trainer = Trainer(stored, parts, run, new=not steps, **options)
     if steps:
         try:
             trainer.resume(steps[-1])
@@ -283,6 +288,14 @@ def newest_run(folder: Path, recipe: RunRecipe, *, kind: Kind = TRAIN) -> Path:
     if not found:
         raise UserError(f"--resume auto: no run in {folder} fits this recipe")
     return max(found)[2]
+
+
+def _new_model(config: ModelConfig, seed: int, together: Alone) -> Transformer:
+    """A model with its first weights; where processes share it, without: nobody has it whole."""
+    if together.sharded and not config.tie_word_embeddings:  # being given memory, tied weights would come apart
+        with torch.device("meta"):
+            return Transformer(config)
+    return Transformer(config, generator=torch.Generator().manual_seed(seed))
 
 
 def _open(recipe: Recipe, config: ModelConfig, tokenizer: Tokenizer) -> tuple[TokenShards, TokenShards]:

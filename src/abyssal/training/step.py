@@ -19,17 +19,19 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from abyssal.config import ModelConfig
 from abyssal.data.loader import Batch
 from abyssal.distributed.together import Alone
 from abyssal.model import RoutingRecorder, Transformer
 from abyssal.training import weights
 from abyssal.training.balance import build_balancers
 from abyssal.training.hardware import autocast
-from abyssal.training.loss import Objective, total_loss
+from abyssal.training.loss import Losses, Objective, hidden_states, total_loss, with_loss
 from abyssal.training.optimizer import build_optimizer
 from abyssal.training.recipe import BalanceConfig, OptimizerConfig
 
@@ -98,6 +100,35 @@ class StepResult:
         return [nats / max(count, 1) for nats, count in zip(self._numbers, self.counts, strict=False)]
 
 
+class _Sums:
+    """What the micro-batches of a step add up to on this process."""
+
+    def __init__(self, config: ModelConfig, targets: int, extras: int, device: torch.device) -> None:
+        self.nats, self.extras = torch.zeros(targets, device=device), torch.zeros(extras, device=device)
+        self.balance_loss = torch.zeros((), device=device)
+        layers = config.num_hidden_layers + targets - 1  # MTP modules count where they are trained
+        self.layers = [layer for layer in range(layers) if config.is_moe_layer(layer)]
+        experts = config.moe.n_routed_experts if config.moe else 0
+        self.loads = torch.zeros(len(self.layers), experts, dtype=torch.int64, device=device)
+
+    def add(self, losses: Losses) -> None:
+        self.nats += torch.stack([n.detach().float() for n in losses.nats])
+        if losses.extras is not None:
+            self.extras += losses.extras.detach().float()
+
+    def count(self, layer: int, load: Tensor) -> None:
+        self.loads[self.layers.index(layer)] += load
+
+    def result(self, together: Alone, lr: float, norm: Tensor, counts: list[int], names: tuple[str, ...]) -> StepResult:
+        """What they add up to on all processes."""
+        sums = torch.cat((self.nats, self.balance_loss.unsqueeze(0), self.extras))
+        sums = together.sum_of_stages(together.sum(sums))
+        loads = together.sum_of_stages(together.sum(self.loads)) if self.layers else self.loads
+        head = len(self.nats) + 1
+        figures = torch.cat((sums[:head], norm.unsqueeze(0), sums[head:]))
+        return StepResult(lr, dict(zip(self.layers, loads, strict=True)), counts, figures, names)
+
+
 class TrainingStep:
     """A model, its optimizer and its balancers: called, it makes one optimizer step over some micro-batches.
 
@@ -155,46 +186,46 @@ class TrainingStep:
         counts = [self.objective.counts(self.model, batch, length) for batch in batches]
         step_counts = self.together.counts([sum(column) for column in zip(*counts, strict=True)])
         weights.sum_gradients_in_float32(self.model, len(batches) > 1)
-        nats = torch.zeros(len(step_counts), device=self.device)
-        extras = torch.zeros(len(self.objective.names), device=self.device)
-        balance_loss = torch.zeros((), device=self.device)
-        loads: dict[int, Tensor] = {}
-        for batch, batch_counts in zip(batches, counts, strict=True):
-            recorder = RoutingRecorder()
+        sums = _Sums(self.model.config, len(step_counts), len(self.objective.names), self.device)
+
+        def work(model: Transformer, index: int, states: Tensor | None = None, last: bool = True) -> Tensor:
+            batch, recorder = replace(self._moved(batches[index]), states=states), RoutingRecorder()
+            options: dict[str, Any] = {"recorder": recorder, "recompute": self.recompute}
             with autocast(self.device, self.dtype):
-                losses = self.objective.losses(
-                    self.model,
-                    self._moved(batch),
-                    length,
-                    batch_counts,
-                    recorder=recorder,
-                    recompute=self.recompute,
-                )
-            nats += torch.stack([n.detach().float() for n in losses.nats])
-            if losses.extras is not None:
-                extras += losses.extras.detach().float()
+                if not last:
+                    states = hidden_states(model, batch, length, **options)
+                else:
+                    losses = self.objective.losses(model, batch, length, counts[index], **options)
+            balance = self._balance(recorder, sums, len(batches))
+            if not last:
+                assert states is not None
+                return states if balance is None else with_loss(states, balance)
+            sums.add(losses)
             loss = total_loss(losses, step_counts, self.mtp_weight)
-            for layer, routings in recorder.routings.items():
-                for routing in routings:
-                    load = routing.load()
-                    loads[layer] = loads[layer] + load if layer in loads else load
-                    for balancer in self.balancers.values():
-                        term = balancer.loss(routing)
-                        if term is not None:
-                            balance_loss += term.detach() / len(batches)
-                            loss = loss + term / len(batches)
-            loss.backward()
-            del losses, loss, recorder
+            return loss if balance is None else loss + balance
+
+        if (pipeline := self.together.pipeline) is not None:
+            pipeline.run(work, len(batches), batches[0].at(batches[0].tokens, 0, length).shape)
+        else:
+            for index in range(len(batches)):
+                work(self.model, index).backward()
         norm = self.together.norm([p.grad for p in self.model.parameters() if p.grad is not None]).float()
-        sums = self.together.sum(torch.cat((nats, balance_loss.unsqueeze(0), extras)))
-        if loads:
-            everyone_s = self.together.sum(torch.stack(list(loads.values())))
-            loads = dict(zip(loads, everyone_s, strict=True))
-        head = len(nats) + 1
-        figures = torch.cat((sums[:head], norm.unsqueeze(0), sums[head:]))
-        result = StepResult(lr, loads, step_counts, figures, self.objective.names)
+        result = sums.result(self.together, lr, norm, step_counts, self.objective.names)
         self._apply(result, norm, progress)
         return result
+
+    def _balance(self, recorder: RoutingRecorder, sums: _Sums, batches: int) -> Tensor | None:
+        """What balancers add to the loss of one of ``batches`` micro-batches, whose loads are counted."""
+        total: Tensor | None = None
+        for layer, routings in recorder.routings.items():
+            for routing in routings:
+                sums.count(layer, routing.load())
+                for balancer in self.balancers.values():
+                    term = balancer.loss(routing)
+                    if term is not None:
+                        sums.balance_loss += term.detach() / batches
+                        total = term / batches if total is None else total + term / batches
+        return total
 
     def _apply(self, result: StepResult, norm: Tensor, progress: float) -> None:
         scale: float | Tensor = (self.clip / (norm + 1e-6)).clamp(max=1.0)
@@ -211,6 +242,8 @@ class TrainingStep:
         self.optimizer.step(scale)
         routers = self.model.routers
         for layer, load in result.loads.items():
+            if layer not in routers:
+                continue  # another process's
             bias = routers[layer].e_score_correction_bias
             before = None if bias is None or self._waits else bias.clone()
             for balancer in self.balancers.values():

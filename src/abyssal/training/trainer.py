@@ -108,7 +108,8 @@ class Parts:
 class Trainer:
     """Trains ``parts.model`` by ``recipe`` in ``run``, from where the run stands.
 
-    ``should_stop`` is asked after every step; when it says so, the state is saved and :meth:`train` returns.
+    ``should_stop`` is asked after every step; when it says so, the state is saved and :meth:`train` returns. Without
+    ``new`` the model needs no first weights: :meth:`resume` comes next.
     """
 
     def __init__(
@@ -119,6 +120,7 @@ class Trainer:
         *,
         watcher: Watcher | None = None,
         should_stop: Callable[[], bool] = lambda: False,
+        new: bool = True,
     ) -> None:
         self.recipe, self.parts, self.run = recipe, parts, run
         self.tokenizer, self.loader, self.held_out = parts.tokenizer, parts.loader, parts.held_out
@@ -126,13 +128,16 @@ class Trainer:
         self.together = parts.together
         self.watcher = (watcher if self.together.first else None) or Watcher()
         self.should_stop = should_stop
-        self.model = model = parts.model.to(parts.device).train()
+        self.model = model = parts.model.train()
+        if not next(model.parameters()).is_meta:
+            model.to(parts.device)
         if recipe.training.fp8:
             train_in_fp8(model)
         if recipe.training.compile:
             for block in (*model.blocks, *model.mtp_modules):
                 block.compile_parts()
-        self.together.divide(model, parts.dtype)
+        generator = torch.Generator().manual_seed(recipe.training.seed) if new else None
+        self.together.divide(model, parts.dtype, generator)
         self._step = TrainingStep(
             model,
             optimizer=recipe.optimizer,
@@ -260,18 +265,28 @@ class Trainer:
     def _layers(self, results: list[StepResult]) -> dict[str, Any]:
         """What the routers did, by layer: loads added up, their balance, the biases as they are now."""
         layers: dict[str, Any] = {}
-        for layer, router in self.model.routers.items():
-            if layer not in results[-1].loads:
-                continue  # an MTP module that is not trained
+        biases = self._biases(list(results[-1].loads))
+        for layer in results[-1].loads:
             per_step = [r.loads[layer].cpu() for r in results]
             load = torch.stack(per_step).sum(0)
             b = balance(load)
             cv = sum(balance(one).cv for one in per_step) / len(results)
             layers[str(layer)] = {"load": load.tolist(), "cv": cv, "max_vio": b.max_vio, "dead": b.dead}
-            if router.e_score_correction_bias is not None:
-                bias = [round(x, 7) for x in router.e_score_correction_bias.tolist()]
+            if biases is not None:
+                bias = [round(x, 7) for x in biases[layer]]
                 layers[str(layer)] |= {"bias": bias, "bias_range": [min(bias), max(bias)]}
         return layers
+
+    def _biases(self, layers: list[int]) -> dict[int, list[float]] | None:
+        """The routers' biases, also of those that other processes have; None for a model without."""
+        moe, routers = self.model.config.moe, self.model.routers
+        if moe is None or not moe.has_bias:
+            return None
+        table = torch.zeros(len(layers), moe.n_routed_experts, device=self.device)
+        for row, layer in zip(table, layers, strict=True):
+            if layer in routers:
+                row.copy_(routers[layer].e_score_correction_bias)
+        return dict(zip(layers, self.together.sum_of_stages(table).tolist(), strict=True))
 
     def _validate(self) -> None:
         t = self.recipe.training
