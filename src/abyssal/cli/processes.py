@@ -66,7 +66,8 @@ def loaded(
     if not isinstance(together, Together):
         yield *load_model(model, **options), None
         return
-    from abyssal.distributed.inference import Telling, lost_contact
+    from abyssal.distributed.inference import Telling
+    from abyssal.distributed.launch import is_contact_lost
     from abyssal.generation.passes import follow
 
     with together.agreed("loaded"):
@@ -77,7 +78,7 @@ def loaded(
             with _undisturbed():
                 follow(network, telling)
         except RuntimeError as error:
-            if not lost_contact(error):
+            if not is_contact_lost(error):
                 raise
             raise typer.Exit(1) from None  # process 0 has gone, and has said why, or torchrun does
         together.part_ways()

@@ -204,11 +204,6 @@ def _sum(own: Tensor, group: dist.ProcessGroup) -> Tensor:
     return own
 
 
-def lost_contact(error: BaseException) -> bool:
-    """Whether ``error`` came of another process's end."""
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error))
-
-
 class Telling:
     """How process 0 tells the others what to compute (:class:`abyssal.generation.passes.Others`), in numbers: nothing
     of what comes is taken for code. All processes make it at the same time.

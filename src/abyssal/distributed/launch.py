@@ -145,9 +145,14 @@ def end_together(why: str, say: Callable[[], None], *, wait: bool = True) -> Non
             say()
 
 
+def is_contact_lost(error: BaseException) -> bool:
+    """Whether ``error`` came of another process's end."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error))
+
+
 def contact_lost(error: BaseException) -> tuple[str, int] | None:
     """What to say, and the exit code, where ``error`` came of another process's end; None where it is another one."""
-    if not (isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error))):
+    if not is_contact_lost(error):
         return None
     with suppress(RuntimeError):
         if (why := meet(limit=_GOODBYE).failed) is not None:
@@ -155,7 +160,7 @@ def contact_lost(error: BaseException) -> tuple[str, int] | None:
     text = re.sub(r"^\[[^]]*\] ", "", str(error).splitlines()[0]).split(". ")[0]
     return (
         f"another process of this job has ended or does not answer ({text}); what stands above, and torchrun's report, "
-        "say which; continue with --resume, or let torchrun do so with --max-restarts"
+        "say which; a run is continued with --resume, or by torchrun's --max-restarts"
     ), 1
 
 
