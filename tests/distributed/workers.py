@@ -67,7 +67,7 @@ class Workers:
             try:
                 rank, result, error = self.outbox.get(timeout=LIMIT)
             except queue.Empty:
-                raise AssertionError(f"{job}: a process hangs") from None
+                raise AssertionError("\n".join([f"{job}: a process hangs", *errors])) from None
             results[rank] = result
             errors += [f"process {rank}: {error}"] if error else []
         assert not errors, "\n".join(errors)

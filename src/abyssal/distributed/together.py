@@ -191,21 +191,18 @@ class Together(Alone):
         import torch.distributed as dist
         from torch.distributed.tensor import DTensor, Replicate
 
-        by_axes: dict[tuple[int, tuple[str, ...]], list[Tensor]] = {}
-        meshes = {}
+        by_axes: dict[tuple[bool, tuple[str, ...]], list[Tensor]] = {}
         for gradient in gradients:
             assert isinstance(gradient, DTensor)
-            mesh, names = gradient.device_mesh, gradient.device_mesh.mesh_dim_names
+            names = gradient.device_mesh.mesh_dim_names
             assert names is not None
             divided = [n for n, p in zip(names, gradient.placements, strict=True) if not isinstance(p, Replicate)]
-            key = (hash(mesh), tuple(divided))
-            meshes[key] = mesh
-            by_axes.setdefault(key, []).append(gradient.to_local())
+            by_axes.setdefault(("expert" in names, tuple(divided)), []).append(gradient.to_local())
         total = torch.zeros((), device=self.mesh.device)
-        for key, parts in by_axes.items():
-            square = total_norm(parts).square()
-            for axis in key[1]:
-                dist.all_reduce(square, group=meshes[key].get_group(axis))
+        for (of_experts, divided_by), parts in by_axes.items():
+            square, mesh = total_norm(parts).square(), self.mesh.experts if of_experts else self.mesh.dense
+            for axis in divided_by:
+                dist.all_reduce(square, group=mesh.get_group(axis))
             total = total + square
         return self.sum_of_stages(total).sqrt()
 
