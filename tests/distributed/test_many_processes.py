@@ -39,6 +39,11 @@ LAYOUTS: list[dict[str, Any]] = [
     {"context": 2, "expert": 2},
     {"context": 2, "shard": 2, "expert": 4},
     {"context": 2, "tensor": 2},
+    {"tensor": 2, "sequence": True},
+    {"tensor": 4, "sequence": True},
+    {"tensor": 2, "sequence": True, "shard": 2, "expert": 2},
+    {"tensor": 2, "sequence": True, "context": 2},
+    {"tensor": 2, "sequence": True, "pipeline": 2},
     {"pipeline": 2},
     {"pipeline": 2, "schedule": "interleaved"},
     {"pipeline": 2, "schedule": "zero_bubble"},
@@ -81,7 +86,11 @@ OTHERS: list[dict[str, Any]] = [
 PIPELINES: list[dict[str, Any]] = [{"pipeline": 2}, {"pipeline": 2, "schedule": "dualpipev"}]
 
 
-@pytest.mark.parametrize("layout", [{"shard": 2, "expert": 2}, {"tensor": 2}, {"context": 2}, *PIPELINES], ids=named)
+@pytest.mark.parametrize(
+    "layout",
+    [{"shard": 2, "expert": 2}, {"tensor": 2}, {"tensor": 2, "sequence": True}, {"context": 2}, *PIPELINES],
+    ids=named,
+)
 @pytest.mark.parametrize("change", OTHERS, ids=lambda change: next(iter(change)))
 def test_gradients_of_other_models(workers: Workers, layout: dict[str, Any], change: dict[str, Any]) -> None:
     if "tie_word_embeddings" in change and "schedule" in layout:

@@ -16,7 +16,8 @@ class ParallelConfig(Config):
 
     ``shard`` divides weights, gradients and optimizer (FSDP2), ``replicate`` are whole copies of what is so divided
     (HSDP); both divide the batch. ``context`` divides each sequence; its processes shard weights as ``shard`` does.
-    ``tensor`` divides heads, widths and the vocabulary, ``pipeline`` the layers. ``expert`` divides the routed experts
+    ``tensor`` divides heads, widths and the vocabulary; with ``sequence`` norms and the residual stream too, which its
+    processes otherwise have alike, by position. ``pipeline`` divides the layers. ``expert`` divides the routed experts
     over the processes of replicate × shard × context: it is a part of those, not a factor of its own.
 
     ``gather``: ``again`` gives a block's weights back after its forward pass and gathers them once more for its
@@ -29,6 +30,7 @@ class ParallelConfig(Config):
     shard: PositiveInt = 1
     context: PositiveInt = 1
     tensor: PositiveInt = 1
+    sequence: bool = False
     pipeline: PositiveInt = 1
     expert: PositiveInt = 1
     gather: Literal["again", "once"] = "again"
@@ -106,6 +108,13 @@ class ParallelConfig(Config):
         self._check_pipeline(model, accumulate)
         self._check_variants(model)
         self._check_tensor(model)
+        if self.sequence and self.tensor == 1:
+            raise UserError("parallel.sequence: true goes with parallel.tensor, which is 1; expected false")
+        if self.sequence and sequence_length % (self.context * self.tensor):
+            raise UserError(
+                f"training.sequence_length: {sequence_length} is no multiple of parallel.context × parallel.tensor = "
+                f"{self.context * self.tensor}, which parallel.sequence needs"
+            )
 
     def _check_variants(self, model: ModelConfig) -> None:
         for axis in ("context", "tensor"):

@@ -40,7 +40,7 @@ def parallelize(
 
 def _divide(model: Transformer, mesh: Mesh, experts: DeviceMesh) -> None:
     if mesh.parallel.tensor > 1:
-        divide_by_tensor(model, mesh.dense["tensor"], experts)
+        divide_by_tensor(model, mesh.dense["tensor"], experts, mesh.parallel.sequence)
     elif mesh.parallel.expert > 1:
         for block in (*model.blocks, *model.mtp_modules):
             if isinstance(block.mlp, SegmentMoE):

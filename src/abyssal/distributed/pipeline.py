@@ -179,7 +179,10 @@ class Pipeline:
             take(theirs, given)
 
     def _states(self, shape: torch.Size) -> Tensor:
-        return torch.empty(*shape, self._width, dtype=self._dtype, device=self.mesh.device)
+        rows, length = shape
+        if self.parallel.sequence:
+            length //= self.parallel.tensor
+        return torch.empty(rows, length, self._width, dtype=self._dtype, device=self.mesh.device)
 
     def _rank(self, place: int) -> int:
         return dist.get_global_rank(self.group, place)

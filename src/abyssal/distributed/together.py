@@ -90,6 +90,9 @@ class Alone:
         """Whether any process says so."""
         return flag
 
+    def complete_gradients(self, model: Transformer) -> None:
+        """Adds up gradients of which processes have summands, behind the last backward pass of a step."""
+
     def norm(self, gradients: Sequence[Tensor]) -> Tensor:
         """√(Σ x²) over the whole model's gradients, FP32 (FP64)."""
         return total_norm(gradients)
@@ -185,6 +188,12 @@ class Together(Alone):
         votes = torch.tensor(int(flag))
         dist.all_reduce(votes)
         return int(votes) > 0
+
+    def complete_gradients(self, model: Transformer) -> None:
+        from abyssal.distributed.sequence import sum_gradients
+
+        if self.mesh.parallel.sequence:
+            sum_gradients(model.named_parameters(), self.mesh.dense.get_group("tensor"))
 
     def norm(self, gradients: Sequence[Tensor]) -> Tensor:
         """Every number counts once, on however many processes it lies."""

@@ -209,6 +209,7 @@ class TrainingStep:
         else:
             for index in range(len(batches)):
                 work(self.model, index).backward()
+        self.together.complete_gradients(self.model)
         norm = self.together.norm([p.grad for p in self.model.parameters() if p.grad is not None]).float()
         result = sums.result(self.together, lr, norm, step_counts, self.objective.names)
         self._apply(result, norm, progress)
