@@ -65,6 +65,7 @@ LAYOUTS: list[dict[str, Any]] = [
     {"replicate": 2, "shard": 2, "expert": 4},
     {"tensor": 2},
     {"tensor": 2, "shard": 2, "expert": 2},
+    {"tensor": 2, "sequence": "true"},
     {"context": 2},
     {"pipeline": 2},
     {"pipeline": 2, "schedule": "interleaved"},
@@ -78,7 +79,7 @@ def losses(layout: dict[str, Any], steps: int, folder: Path) -> list[float]:
     name = title(layout)
     out, recipe = folder / name.replace(" ", "-"), folder / "recipe.yaml"
     recipe.write_text(RECIPE, encoding="utf-8")
-    count = math.prod(number for axis, number in layout.items() if axis not in ("expert", "schedule"))
+    count = math.prod(number for axis, number in layout.items() if axis not in ("expert", "schedule", "sequence"))
     torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(count)] if count > 1 else []
     settings = [f"parallel.{axis}={value}" for axis, value in layout.items()]
     every = [f"training.steps={steps}", f"validation.every={steps}", f"checkpoint.every={steps}"]
