@@ -5,12 +5,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given, settings
+import torch.nn.functional as F
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from abyssal.kernels import decode, native
-from abyssal.kernels.packed import Kind, dequantize, linear_reference, quantize
+from abyssal.kernels.packed import GROUP, Kind, dequantize, linear_reference, quantize
 
 DTYPES = [torch.float32, torch.bfloat16]
 KINDS: list[Kind] = ["int8", "int4"]
@@ -96,11 +97,20 @@ def test_large_linear(n: int, dtype: torch.dtype, inputs: int):
     near(same_by_threads(lambda: decode.Linear(w)(x)), x.double() @ w.double().t())
 
 
+def close_to_a_tie(x: Tensor) -> bool:
+    """Whether one of the activations lies so near the middle between two int8 numbers that the last bit of its scale
+    decides which one it becomes."""
+    groups = F.pad(x.double(), (0, -x.shape[-1] % GROUP)).unflatten(-1, (-1, GROUP))
+    numbers = groups * 127 / groups.abs().amax(-1, keepdim=True)
+    return bool(((numbers - numbers.floor() - 0.5).abs() < 2e-5).any())
+
+
 @given(
     n=st.integers(1, 9), inputs=st.integers(1, 700), outputs=st.integers(1, 40), kind=st.sampled_from(KINDS), seed=seeds
 )
 def test_packed_linear(n: int, inputs: int, outputs: int, kind: Kind, seed: int):
     x, w = normal(n, inputs, seed=seed), normal(outputs, inputs, seed=seed)
+    assume(not close_to_a_tie(x))
     p = quantize(w, kind)
     ours = same_by_threads(lambda: decode.Linear(p)(x))
     product = x.double() @ dequantize(p, torch.float32).double().t()
