@@ -12,11 +12,8 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from abyssal.distributed.parts import matrices
-from abyssal.distributed.together import local
+from abyssal.distributed.parts import matrices, take_rows
 from abyssal.model import Transformer
 from abyssal.model.transformer import draw_
 
@@ -66,18 +63,4 @@ def _keep(own: dict[str, Tensor], name: str, begin: int, piece: Tensor) -> None:
     """Copies of ``piece``, rows of ``name`` from ``begin`` on, what is ``own``."""
     for key, part in matrices({name: piece}).items():
         if key in own:
-            _copy(own[key], begin, part)
-
-
-def _copy(parameter: Tensor, begin: int, piece: Tensor) -> None:
-    here, offsets = local(parameter), [0] * parameter.dim()
-    if isinstance(parameter, DTensor):
-        placed = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
-        offsets = list(placed[1])
-    first, last = max(begin, offsets[0]), min(begin + len(piece), offsets[0] + here.shape[0])
-    if first >= last or math.prod(here.shape) == 0:
-        return
-    piece = piece[first - begin : last - begin]
-    for dim in range(1, piece.dim()):
-        piece = piece.narrow(dim, offsets[dim], here.shape[dim])
-    here[first - offsets[0] : last - offsets[0]] = piece.to(here)
+            take_rows(own[key], begin, part)

@@ -25,6 +25,21 @@ def own_part(whole: Tensor, parameter: Tensor) -> Tensor:
     return whole
 
 
+def take_rows(parameter: Tensor, begin: int, piece: Tensor) -> None:
+    """Copies into ``parameter`` what of it lies here and is in ``piece``: rows from ``begin`` on of the whole one."""
+    here, offsets = local(parameter), [0] * parameter.dim()
+    if isinstance(parameter, DTensor):
+        placed = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+        offsets = list(placed[1])
+    first, last = max(begin, offsets[0]), min(begin + len(piece), offsets[0] + here.shape[0])
+    if first >= last or here.numel() == 0:
+        return
+    piece = piece[first - begin : last - begin]
+    for dim in range(1, piece.dim()):
+        piece = piece.narrow(dim, offsets[dim], here.shape[dim])
+    here[first - offsets[0] : last - offsets[0]] = piece.to(here)
+
+
 def as_divided(part: Tensor, parameter: Tensor) -> Tensor:
     """``part``, this process's part of something divided as ``parameter`` is, as a DTensor where that is one."""
     if not isinstance(parameter, DTensor):

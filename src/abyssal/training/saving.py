@@ -16,10 +16,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from abyssal.checkpoint import load_model, read_tensors, sharded, write_tensors
+from abyssal.checkpoint import read_tensors, sharded, write_tensors
 from abyssal.checkpoint.folder import config_to_json
+from abyssal.checkpoint.load import match
+from abyssal.checkpoint.names import stacked_matrix
+from abyssal.checkpoint.shards import Shards
+from abyssal.config import read_config
 from abyssal.distributed.together import local
 from abyssal.errors import UserError
+from abyssal.model import Transformer
 from abyssal.training.weights import lows
 
 if TYPE_CHECKING:
@@ -127,7 +132,7 @@ def resume(trainer: Trainer, step: int) -> None:
     else:
         tensors = read_tensors(folder / TRAINING_STATE)
         if trainer.together.sharded:
-            _take_parts(trainer.model, load_model(folder, dtype=torch.float32))
+            _take_parts(trainer.model, folder)
         else:
             trainer.parts.keeper.read(trainer.model, folder)
         _take_optimizer(trainer, tensors, folder / TRAINING_STATE)
@@ -196,10 +201,20 @@ def _take_balancers(trainer: Trainer, tensors: dict[str, Tensor]) -> None:
 
 
 @torch.no_grad()
-def _take_parts(model: nn.Module, whole: nn.Module) -> None:
-    """Fills ``model``, which processes share, from ``whole``."""
-    from abyssal.distributed.parts import matrices, own_part
+def _take_parts(model: nn.Module, folder: Path) -> None:
+    """Fills ``model``, which processes share, from the published ``folder``, a tensor at a time. Raises UserError where
+    it is another model's."""
+    from abyssal.distributed.parts import matrices, take_rows
 
-    theirs = matrices(whole.state_dict())
-    for name, tensor in matrices(model.state_dict()).items():
-        local(tensor).copy_(own_part(theirs[name], tensor))
+    with torch.device("meta"):
+        whole = Transformer(read_config(folder))
+    shards = Shards(folder)
+    match(whole, shards)
+    own = matrices(model.state_dict())
+    for file in shards.files:
+        with shards.open(file) as opened:
+            for published in shards.names(file):
+                name, expert = stacked_matrix(published)
+                if name in own:
+                    tensor = opened.get_tensor(published)
+                    take_rows(own[name], expert or 0, tensor if expert is None else tensor.unsqueeze(0))
