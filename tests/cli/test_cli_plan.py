@@ -1,6 +1,7 @@
 """``abyssal plan``: what it prints, and bad input in one line."""
 
 import json
+import re
 
 import pytest
 import typer
@@ -161,3 +162,18 @@ def test_published_beside_a_plan() -> None:
 )
 def test_bad_input(arguments: tuple[str, ...], message: str) -> None:
     assert message in fault("demo", *arguments)
+
+
+def test_communication_by_axis() -> None:
+    arguments = ("deepseek-v2-lite", "--gpus", "16", "--gpu", "h100", "--shard", "16", "--expert", "8")
+    shown, data = run(*arguments), json.loads(run(*arguments, "--json"))["training"]["communication"]
+    assert list(data) == ["shard", "expert", "batch"]
+    for axis in ("shard 16", "expert 8", "batch"):
+        assert re.search(rf"^{axis} +[\d,]+ +[\d.,e-]+ +[\d.,e-]+ +[\d.e-]+$", shown, re.MULTILINE)
+    assert data["expert"]["sent"] == data["expert"]["payload"] * 7 / 8
+    assert "seconds if nothing is overlapped" in shown
+
+
+@pytest.mark.parametrize("alone", [("--gpus", "1"), ("--gpus", "8", "--lora", "8")])
+def test_where_nothing_is_sent_nothing_is_said(alone: tuple[str, ...]) -> None:
+    assert "communication" not in run("demo", *alone, "--gpu", "h100")

@@ -15,6 +15,8 @@ from abyssal.errors import UserError
 
 NODE = 8
 """GPUs of a node."""
+NETWORK = 50e9
+"""Bytes a second that a GPU sends to other nodes: a 400 Gb/s card each."""
 MOST_GPUS = 2**20
 _AXES = ("replicate", "shard", "tensor", "expert", "pipeline")
 

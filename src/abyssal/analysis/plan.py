@@ -33,13 +33,12 @@ from abyssal.analysis.activations import Adapters
 from abyssal.analysis.advice import what_would_fit
 from abyssal.analysis.flops import count_flops
 from abyssal.analysis.inventory import Inventory
-from abyssal.analysis.layouts import NODE, Wishes, check, layouts
+from abyssal.analysis.layouts import NETWORK, NODE, Wishes, check, layouts
 from abyssal.analysis.memory import Layout, Memory, TrainingMemory, TrainingSetup, adapter_parameters
 from abyssal.analysis.units import size
 from abyssal.config import ModelConfig
 from abyssal.errors import UserError
 
-NETWORK = 50e9
 ASSUMED_FLOPS = 312e12
 """Of a GPU that nothing is known of: an A100's."""
 _MICRO_BATCHES = (1, 2, 4, 8, 16, 32, 64)

@@ -275,6 +275,7 @@ def _show_header(found: Findings, config: ModelConfig) -> None:
 
 def _show_training(found: Findings, plan: TrainingPlan) -> None:
     from abyssal.analysis.units import plural
+    from abyssal.cli import communication
     from abyssal.cli.show import console, say, show_table, table
 
     setup, layout, memory = plan.setup, plan.layout, plan.memory
@@ -317,6 +318,8 @@ def _show_training(found: Findings, plan: TrainingPlan) -> None:
     for reason in reasons:
         say(textwrap.fill(reason, 84, initial_indent="why:    ", subsequent_indent=" " * 8))
     _show_time(found)
+    assert found.planner is not None
+    communication.show(found.planner, plan)
 
 
 def _show_time(found: Findings) -> None:
@@ -431,6 +434,8 @@ def _print_json(found: Findings) -> None:
 def _training_data(found: Findings, plan: TrainingPlan) -> dict[str, Any]:
     from dataclasses import asdict
 
+    from abyssal.cli import communication
+
     assert found.planner is not None
     wishes = found.wishes
     data: dict[str, Any] = {
@@ -441,6 +446,7 @@ def _training_data(found: Findings, plan: TrainingPlan) -> dict[str, Any]:
         "global_batch": plan.global_batch,
         "why": plan.why,
         "estimated_overhead": plan.overhead,
+        "communication": communication.data(found.planner, plan),
         "flops_per_token": found.planner.flops,
         "peak_flops": found.planner.peak,
         "peak_is_assumed": wishes.card.flops is None,
