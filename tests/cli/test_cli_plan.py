@@ -2,6 +2,8 @@
 
 import json
 import re
+import shlex
+from importlib import resources
 
 import pytest
 import typer
@@ -9,6 +11,7 @@ from typer.testing import CliRunner
 
 from abyssal.cli.plan import plan_command
 from abyssal.errors import UserError
+from abyssal.training.recipe import read_recipe
 
 app = typer.Typer()
 app.command()(plan_command)
@@ -177,3 +180,24 @@ def test_communication_by_axis() -> None:
 @pytest.mark.parametrize("alone", [("--gpus", "1"), ("--gpus", "8", "--lora", "8")])
 def test_where_nothing_is_sent_nothing_is_said(alone: tuple[str, ...]) -> None:
     assert "communication" not in run("demo", *alone, "--gpu", "h100")
+
+
+@pytest.mark.parametrize("name", ["v2-lite", "v3"])
+def test_recipes_say_what_their_plan_is(name: str) -> None:
+    """The layout is the plan's, by the command that stands in the recipe, and so are the figures."""
+    text = (resources.files("abyssal.training") / "recipes" / f"{name}.yaml").read_text()
+    recipe = read_recipe(name)
+    said = re.search(r"^# abyssal plan (.*)$", text, re.MULTILINE)
+    assert said is not None
+    plan = json.loads(run(*shlex.split(said[1]), "--json"))["training"]
+    setup, layout = plan["setup"], plan["layout"]
+    assert {axis: getattr(recipe.parallel, axis) for axis in layout if axis != "gpus"} | {
+        "gpus": layout["gpus"]
+    } == layout
+    assert setup["sequence"] == recipe.training.sequence_length
+    assert setup["micro_batch"] * recipe.parallel.data == recipe.training.batch_size
+    assert setup["accumulate"] == recipe.training.accumulate
+    assert setup["recompute"] == recipe.training.recompute
+    assert setup["state"] == recipe.optimizer.state
+    assert f"{plan['bytes']['total'] / 1e9:.1f} of 76 GB" in text
+    assert f"a step sends {sum(axis['sent'] for axis in plan['communication'].values()) / 1e9:,.0f} GB" in text

@@ -24,6 +24,28 @@ def test_built_in(name):
     assert recipe.training.steps > recipe.schedule.warmup
 
 
+LARGER = {"parallel": {"shard": 64}, "training": {"batch_size": 64, "accumulate": 240}}
+REPLICAS = {"parallel": {"replicate": 4}, "training": {"batch_size": 64, "accumulate": 8}}
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "processes"),
+    [
+        *((name, {}, 1) for name in recipe_names() if name not in ("v2-lite", "v3")),
+        *(("v2-lite", {}, 8), ("v2-lite", {"parallel": {"expert": 8}}, 8), ("v2-lite", REPLICAS, 32)),
+        *(("v3", {}, 256), ("v3", LARGER, 2048)),  # as the recipes' and examples' comments say
+    ],
+)
+def test_layouts_of_built_in_recipes(name, changes, processes):
+    recipe = read_recipe(name, changes)
+    t, model = recipe.training, recipe.model_config_resolved()
+    assert recipe.parallel.world == processes
+    recipe.parallel.check(
+        model, batch_size=t.batch_size, sequence_length=t.sequence_length, accumulate=t.accumulate, world=processes
+    )
+    assert not (recipe.samples.prompts and recipe.parallel.pipeline > 1)
+
+
 BALANCERS = ("bias_sign", "bias_proportional", "token_loss", "sequence_loss")
 CHANGES = st.fixed_dictionaries(
     {},
