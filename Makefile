@@ -56,7 +56,7 @@ demo: $(VENV)/.base
 	@$(BIN)/abyssal train demo --out runs/demo-$(STAMP)
 
 test: $(VENV)/.dev
-	@$(BIN)/python -m pytest -n auto -m 'not slow'
+	@$(BIN)/python -m pytest -n auto --dist loadgroup -m 'not slow'
 
 test-load: $(VENV)/.dev
 	@$(BIN)/python -m pytest -m slow tests/serving/test_load.py

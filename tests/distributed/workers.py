@@ -4,6 +4,7 @@ function (``module.name``, or a name in :mod:`jobs`) inside a process group of a
 from __future__ import annotations
 
 import faulthandler
+import gc
 import importlib
 import queue
 import tempfile
@@ -36,6 +37,7 @@ def _serve(rank: int, inbox: Any, outbox: Any) -> None:
             finally:
                 faulthandler.cancel_dump_traceback_later()
                 dist.destroy_process_group()
+                gc.collect()  # groups that something still has keep threads that poll
         except BaseException:
             outbox.put((rank, None, traceback.format_exc()))
 
