@@ -39,6 +39,7 @@ LAYOUTS: list[dict[str, Any]] = [
     {"context": 2, "expert": 2},
     {"context": 2, "shard": 2, "expert": 4},
     {"context": 2, "tensor": 2},
+    {"shard": 2, "offload": True},
     {"tensor": 2, "sequence": True},
     {"tensor": 4, "sequence": True},
     {"tensor": 2, "sequence": True, "shard": 2, "expert": 2},

@@ -37,13 +37,16 @@ def check(
         ({"tensor": 3}, r"parallel.tensor: 3 does not divide the model's num_attention_heads 4"),
         ({"pipeline": 3}, r"parallel.pipeline: 3 stages are more than the model's 2 layers"),
         ({"pipeline": 2, "schedule": "dualpipev"}, r"pipeline: 2 × 2 .*dualpipev\) stages are more than the model's 2"),
+        ({"schedule": "dualpipev"}, r"parallel.schedule: dualpipev goes with parallel.pipeline, which is 1"),
+        ({"pipeline": 2, "schedule": "interleaved", "layers": 4, "accumulate": 5}, r"and a multiple of 2"),
         ({"pipeline": 2, "accumulate": 1}, r"training.accumulate: 1 micro-batches do not fill a pipeline of 2 stages"),
         ({"context": 3}, r"sequence_length: 16 is no multiple of 2 × parallel.context = 6"),
     ],
 )
 def test_what_cannot_be_is_refused(axes: dict[str, Any], said: str) -> None:
+    changes = {"num_hidden_layers": axes.pop("layers")} if "layers" in axes else {}
     with pytest.raises(UserError, match=said):
-        check(**axes)
+        check(ModelConfig.model_validate(CONFIG | changes), **axes)
 
 
 def test_what_can_be_is_not() -> None:
@@ -86,6 +89,13 @@ def test_a_tied_head_goes_with_schedules_that_do_not_split() -> None:
     check(model, pipeline=2, schedule="interleaved")
     with pytest.raises(UserError, match=r"parallel.schedule: zero_bubble: not with tie_word_embeddings"):
         check(model, pipeline=2, schedule="zero_bubble")
+
+
+def test_several_mtp_modules_go_with_schedules_that_do_not_split() -> None:
+    model = ModelConfig.model_validate(CONFIG | {"num_hidden_layers": 4, "mtp": {"num_nextn_predict_layers": 2}})
+    check(model, pipeline=2, schedule="interleaved")
+    with pytest.raises(UserError, match=r"parallel.schedule: dualpipev: not with 2 MTP modules"):
+        check(model, pipeline=2, schedule="dualpipev")
 
 
 @given(pipeline=st.integers(1, 8), schedule=st.sampled_from(["1f1b", "interleaved", "zero_bubble", "dualpipev"]))

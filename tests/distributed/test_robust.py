@@ -29,7 +29,7 @@ def recipe(tmp_path: Path) -> str:
     """12 steps on two processes, saved every 4."""
     data = tiny_recipe(tmp_path)
     data["training"] |= {"steps": 12, "accumulate": 1, "recompute": False}
-    data |= {"parallel": {"shard": 2}, "samples": {"prompts": []}, "checkpoint": {"every": 4, "keep": 9}}
+    data |= {"parallel": {"shard": 2}, "samples": {"prompts": ["a"]}, "checkpoint": {"every": 4, "keep": 9}}
     data["validation"] = {"every": 100, "batches": 1}
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(data))
     return str(tmp_path / "tiny.yaml")

@@ -44,6 +44,8 @@ class ConsoleWatcher(Watcher):
             f"{t.steps} steps of {t.accumulate * t.batch_size} × {t.sequence_length} tokens ({tokens:,}), "
             f"{str(trainer.dtype).removeprefix('torch.')} on {trainer.device}; run folder {trainer.run.path}"
         )
+        if trainer.recipe.samples.prompts and not trainer.samples:
+            console.print("samples: not drawn by several processes; abyssal generate reads any checkpoint of the run")
         if show is not None:
             show(trainer)
         if trainer.done:

@@ -128,6 +128,10 @@ class ParallelConfig(Config):
 
     def _check_pipeline(self, model: ModelConfig, accumulate: int) -> None:
         if self.pipeline == 1:
+            if self.schedule != "1f1b":
+                raise UserError(
+                    f"parallel.schedule: {self.schedule} goes with parallel.pipeline, which is 1; expected 1f1b"
+                )
             return
         if self.stages > model.num_hidden_layers:
             two = "" if self.stages == self.pipeline else f" × 2 (parallel.schedule {self.schedule})"
@@ -140,8 +144,13 @@ class ParallelConfig(Config):
                 f"parallel.schedule: {self.schedule}: not with tie_word_embeddings, since torch cannot split the "
                 "backward pass of a weight that is embedding and head; expected 1f1b or interleaved"
             )
+        if self.splits_backward and model.mtp.num_nextn_predict_layers > 1:
+            raise UserError(
+                f"parallel.schedule: {self.schedule}: not with {model.mtp.num_nextn_predict_layers} MTP modules, since "
+                "torch cannot split the backward pass of one behind another; expected 1f1b or interleaved"
+            )
         least = self.pipeline if self.schedule == "interleaved" else self.stages
-        if accumulate < least or (self.schedule == "interleaved" and accumulate % (accumulate // self.pipeline)):
+        if accumulate < least or (self.schedule == "interleaved" and accumulate % self.pipeline):
             raise UserError(
                 f"training.accumulate: {accumulate} micro-batches do not fill a pipeline of {self.stages} stages; "
                 f"expected at least {least}"

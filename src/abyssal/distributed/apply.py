@@ -27,14 +27,15 @@ def parallelize(
         _divide(model, mesh, experts)
         shard(model, mesh, dtype)
         if drawn:
-            materialize([model], mesh.device, generator)
+            materialize([model], mesh.device, generator, offload=mesh.parallel.offload)
         return None
     stages = split(model, mesh)
     for stage in stages:
         _divide(stage.model, mesh, experts)
         shard(stage.model, mesh, dtype, root=stage)
     if drawn:
-        materialize([stage.model for stage in stages], mesh.device, generator, stages)
+        models = [stage.model for stage in stages]
+        materialize(models, mesh.device, generator, stages, offload=mesh.parallel.offload)
     return Pipeline(model, stages, mesh)
 
 

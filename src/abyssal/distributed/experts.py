@@ -69,11 +69,13 @@ class SpreadExperts(Experts):
         # [P, e] each, read once: how many rows go to and come from whom.
         both = torch.stack((counts, theirs)).view(2, self.spread, here).cpu()
         sent, received = both.sum(-1).tolist()
+        # From each process come its rows for the first expert here, then those for the second, and so on.
+        experts = torch.arange(here).repeat(self.spread).repeat_interleave(both[1].flatten())
+        if x.is_cuda:
+            experts = experts.pin_memory().to(x.device, non_blocking=True)
         row_weights = exchange(grouped.row_weights(weights, where), sent, received, self.group)
         gathered = grouped.gather(x.to(product_dtype(x)), where)
         rows, done = exchange_meanwhile(gathered, sent, received, self.group, work)
-        # From each process come its rows for the first expert here, then those for the second, and so on.
-        experts = torch.arange(here).repeat(self.spread).repeat_interleave(both[1].flatten()).to(x.device)
         out = self.through(rows, experts.unsqueeze(1), row_weights.unsqueeze(1), here)
         return grouped.combine(exchange(out, received, sent, self.group), where), done
 

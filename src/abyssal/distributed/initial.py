@@ -26,19 +26,22 @@ def materialize(
     device: torch.device,
     generator: torch.Generator | None,
     roots: Sequence[nn.Module] | None = None,
+    *,
+    offload: bool = False,
 ) -> None:
     """Gives ``models``, which are parts of one, divided on the meta device, memory on ``device`` and the weights that
     :meth:`Transformer.initialize` gives a whole one; without ``generator`` any, to be read into. ``roots``: the modules
-    that were sharded with the models within, where these were not sharded themselves."""
+    that were sharded with the models within, where these were not sharded themselves. ``offload``: weights are kept in
+    the host's memory."""
     config = models[0].config
     for root in roots or models:
-        root.to_empty(device=device)
+        root.to_empty(device=torch.device("cpu") if offload else device)
     own: dict[str, Tensor] = {}
     for model in models:
         own = matrices(dict(model.named_parameters())) | own  # a copy of the embedding is filled later
         for router in model.routers.values():
             if router.e_score_correction_bias is not None:
-                router.e_score_correction_bias.zero_()
+                router.e_score_correction_bias = torch.zeros_like(router.e_score_correction_bias, device=device)
     if generator is None:
         return
     with torch.device("meta"):

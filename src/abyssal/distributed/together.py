@@ -37,6 +37,8 @@ class Alone:
     parts = 1
     """Of the batch's sequences each process has one part of so many."""
     part = 0
+    device: torch.device | None = None
+    """What is computed on, where weights may be kept elsewhere."""
     pipeline: Pipeline | None = None
     """What runs the model's stages, where a process has some of them."""
 
@@ -107,7 +109,7 @@ class Together(Alone):
     sharded = True
 
     def __init__(self, mesh: Mesh, meeting: Meeting | None = None) -> None:
-        self.mesh, self.meeting = mesh, meeting
+        self.mesh, self.meeting, self.device = mesh, meeting, mesh.device
         self.first = mesh.rank == 0
         self.part, self.parts = mesh.data_part
         if mesh.parallel.context > 1:

@@ -71,7 +71,7 @@ def evaluate(
     one. With ``batches`` only so many are looked at, and the bytes are the split's, in proportion.
     """
     objective, together = objective or Objective(), together or Alone()
-    device = next(model.parameters()).device
+    device = together.device or next(model.parameters()).device
     nats, counted, seen = 0.0, 0, 0
     extras = [0.0] * len(objective.names)
     for whole in held_out.batches(batches):

@@ -119,7 +119,7 @@ def _start(
     if together.first:
         check_free(path, overwrite)
     recipe, parts, identity = kind.prepare(recipe, path, None, together)
-    _check_prompts(recipe, parts.model, parts.tokenizer)
+    _check_prompts(recipe, parts)
     manifest = {
         "abyssal": version("abyssal"),
         "command": kind.command,
@@ -172,12 +172,12 @@ def _join(recipe: RunRecipe) -> Alone:
         world=started,
     )
     if parallel.alone:
+        if parallel.offload:
+            raise UserError("parallel.offload: true goes with several processes, and this is one; expected false")
         return Alone()
     for axis in ("tensor", "pipeline"):
         if t.compile and getattr(parallel, axis) > 1:
             raise UserError(f"training.compile: true: not together with parallel.{axis}; expected false")
-    if recipe.samples.prompts and parallel.pipeline > 1:
-        raise UserError("samples.prompts: not together with parallel.pipeline; expected []")
     if t.fp8:
         raise UserError("training.fp8: true: not together with several processes yet; expected false")
     if recipe.optimizer.name != "adamw" or recipe.optimizer.state == "8bit":
@@ -242,7 +242,7 @@ def _resume(stored: Any, path: Path, run: Run, kind: Kind, together: Alone, opti
             raise UserError(
                 f"{run.checkpoint(steps[-1]) / 'config.json'}: not the model that {path / RECIPE} describes"
             )
-    _check_prompts(stored, parts.model, parts.tokenizer)
+    _check_prompts(stored, parts)
     trainer = Trainer(stored, parts, run, new=not steps, **options)
     if steps:
         try:
@@ -313,15 +313,18 @@ def _open(recipe: Recipe, config: ModelConfig, tokenizer: Tokenizer) -> tuple[To
     return train, validation
 
 
-def _check_prompts(recipe: RunRecipe, model: Transformer, tokenizer: Tokenizer) -> None:
+def _check_prompts(recipe: RunRecipe, parts: Parts) -> None:
     s = recipe.samples
+    if parts.together.sharded:
+        return  # nothing is sampled
     try:
         Sampling(max_new_tokens=s.tokens, temperature=s.temperature, top_p=s.top_p)
     except UserError as error:
         raise UserError(f"samples.{error}") from None
     for prompt in recipe.samples.prompts:
         try:
-            stream(model, tokenizer, prompt)  # checks the prompt at once; nothing is generated before the first next()
+            # Checks the prompt at once; nothing is generated before the first next().
+            stream(parts.model, parts.tokenizer, prompt)
         except UserError as error:
             raise UserError(f"samples.prompts: {prompt[:40]!r}: {error}") from None
 

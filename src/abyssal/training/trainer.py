@@ -151,6 +151,7 @@ class Trainer:
             together=parts.together,
         )
         self.optimizer, self.balancers = self._step.optimizer, self._step.balancers
+        self.samples = bool(recipe.samples.prompts) and not self.together.sharded
         self.done = 0
         self.tokens = 0
         self._logged = 0  # tokens when metrics were last written
@@ -200,7 +201,7 @@ class Trainer:
                 pending, since = [], now
             if validating:
                 self._validate()
-            if r.samples.prompts and (last or self.done % r.samples.every == 0):
+            if self.samples and (last or self.done % r.samples.every == 0):
                 self._sample()
             if saving or self._is_best_now():
                 self.save()
