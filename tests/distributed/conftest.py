@@ -7,6 +7,7 @@ import pytest
 from workers import Workers
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """One after the other (xdist's --dist loadgroup): each of these tests is several processes."""
     for item in items:

@@ -18,6 +18,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 LIMIT = 240.0  # seconds until a job counts as hung
+FRESH = 20  # jobs that processes do before others take their place
 
 
 def _serve(rank: int, inbox: Any, outbox: Any) -> None:
@@ -43,13 +44,17 @@ def _serve(rank: int, inbox: Any, outbox: Any) -> None:
 
 
 class Workers:
-    """``count`` processes; :meth:`close` ends them."""
+    """``count`` processes; :meth:`close` ends them. Every so many jobs they are begun anew: caches of torch's keep the
+    groups of jobs that are over, and each of these has threads that poll."""
 
     def __init__(self, count: int = 4) -> None:
-        context = mp.get_context("spawn")
-        self.inboxes, self.outbox = [context.Queue() for _ in range(count)], context.Queue()
+        self.count, self.jobs = count, 0
         self.folder = tempfile.TemporaryDirectory()
-        self.jobs = 0
+        self._start()
+
+    def _start(self) -> None:
+        count, context = self.count, mp.get_context("spawn")
+        self.inboxes, self.outbox = [context.Queue() for _ in range(count)], context.Queue()
         self.processes = [
             context.Process(target=_serve, args=(rank, inbox, self.outbox), daemon=True)
             for rank, inbox in enumerate(self.inboxes)
@@ -59,6 +64,9 @@ class Workers:
 
     def run(self, job: str, *arguments: Any, size: int, **options: Any) -> list[Any]:
         """What ``job`` returned in each of the first ``size`` processes."""
+        if self.jobs and self.jobs % FRESH == 0:
+            self._end()
+            self._start()
         self.jobs += 1
         place = str(Path(self.folder.name) / f"job-{self.jobs}")
         for inbox in self.inboxes[:size]:
@@ -76,9 +84,12 @@ class Workers:
         return results
 
     def close(self) -> None:
+        self._end()
+        self.folder.cleanup()
+
+    def _end(self) -> None:
         for inbox in self.inboxes:
             inbox.put(None)
         for process in self.processes:
             process.join(10)
             process.kill()
-        self.folder.cleanup()
