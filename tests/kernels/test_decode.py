@@ -290,7 +290,9 @@ def test_latent_attention(
     q = normal(n, heads, latent + rope, seed=seed, dtype=dtype)
     pool = normal(pages, page, latent + rope, seed=seed, dtype=dtype)
     exact = attended(q, pool.unsqueeze(2), pool.unsqueeze(2)[..., :latent], table, lengths, scale)
-    near(same_by_threads(lambda: decode.latent_attention(q, pool, table, lengths, scale, latent)), *exact, times=3)
+    # FP32 scores are as exact as they are large, and their error is a factor of what exp gives.
+    times = 3 * max(1.0, 5 * scale) if dtype == torch.float32 else 3
+    near(same_by_threads(lambda: decode.latent_attention(q, pool, table, lengths, scale, latent)), *exact, times=times)
 
 
 @settings(max_examples=60)

@@ -4,6 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from abyssal.kernels import grouped, native
 from abyssal.kernels.fused import swiglu
 from abyssal.kernels.grouped import combine, experts_reference, gather, grouped_linear, plan, row_weights
 
@@ -161,7 +162,11 @@ def test_plan_sorts_by_expert_and_loses_nothing(dtype: torch.dtype, tokens: int,
             assert int(where.assignment[row]) == n * k + i
     sizes = [b - a for a, b in zip(where.bounds, where.bounds[1:], strict=False)]
     counts = [(indices == e).sum().item() for e in range(experts)]
-    assert sizes == (counts if dtype == torch.float32 else [-(-c // 32) * 32 for c in counts])
+    if dtype == torch.bfloat16:
+        counts = [-(-c // 32) * 32 for c in counts]
+        if not native.has_tiles() and max(counts) * experts <= grouped._EVEN * tokens * k:
+            counts = [max(counts)] * experts  # nearly even loads become one batched product
+    assert sizes == counts
     assert (where.assignment < 0).sum() == sum(sizes) - tokens * k  # the rest is padding
 
 
