@@ -12,7 +12,7 @@ INSTALL := $(PIP) install --quiet --constraint constraints.txt $(if $(TORCH_INDE
 STAMP := $(shell date +%Y%m%d-%H%M%S)
 
 .PHONY: help setup demo test test-slow lint format bench bench-large bench-attention bench-scaling bench-learning \
-	bench-checkpoints bench-recording bench-decoding bench-serving bench-tuning test-load wheel clean
+	bench-checkpoints bench-recording bench-decoding bench-serving bench-tuning test-load learn wheel clean
 
 help:
 	@echo "make demo       train a small DeepSeek-V3 on Tiny Shakespeare and let it talk"
@@ -27,6 +27,7 @@ help:
 	@echo "make bench-checkpoints  memory and time of loading, converting, exporting (16 GB of disk, 8 GB of memory)"
 	@echo "make test-load  the server under 200 clients that come and go, two minutes"
 	@echo "make test-slow  long proofs that CI leaves out"
+	@echo "make learn      run the chapters of docs/learn and write their notebooks"
 	@echo "make wheel      build the wheel, install it in an empty environment, run a command"
 
 $(BIN)/python:
@@ -112,6 +113,12 @@ bench-tuning: $(VENV)/.dev
 
 bench-checkpoints: $(VENV)/.dev
 	@$(BIN)/python benchmarks/checkpoints.py
+
+# The scripts are the source; a notebook is made of each, with what it printed here.
+learn: $(VENV)/.dev
+	@$(INSTALL) --editable '.[learn]'
+	@cd docs/learn && for chapter in $$(ls *.py | grep -v '^checks'); do \
+		echo $$chapter; $(abspath $(BIN))/jupytext --quiet --to ipynb --execute $$chapter || exit 1; done
 
 # Built from a clean tree, installed without the source, run from elsewhere: presets, recipes and corpus must be in it.
 wheel: $(VENV)/.torch
