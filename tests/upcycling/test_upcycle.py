@@ -100,6 +100,17 @@ def test_stages_are_judged_on_the_dense_layers_own_inputs(tmp_path, text):
     assert all(layer.latent_error < 1e-4 for layer in report.layers)
 
 
+def test_queries_through_a_latent_of_full_rank_lose_nothing(tmp_path, text):
+    dense_folder(tmp_path / "dense", kv_heads=1)
+    settings = Settings(cache=32, rotary=16, queries=64, **QUICK)
+    report = upcycle(tmp_path / "dense", tmp_path / "out", settings, calibration=text)
+    assert all(layer.attention["factorised"] > 0.999 for layer in report.layers)
+    assert report.perplexity["factorised"] == pytest.approx(report.perplexity["dense"], rel=0.01)
+    model, _ = abyssal.load(tmp_path / "out")
+    assert model.config.attention.q_lora_rank == 64
+    assert model.blocks[0].self_attn.q_a_proj.weight.shape == (64, 64)
+
+
 def test_rank_by_error(tmp_path, text):
     dense_folder(tmp_path / "dense")
     ranks = {}
@@ -207,6 +218,9 @@ def test_the_same_twice(tmp_path, text):
         (Settings(cache=75, **QUICK), "expected 11 to 74"),
         (Settings(cache=30, rotary=7, **QUICK), "even number from 2 to head_dim 16"),
         (Settings(cache=30, rotary=18, **QUICK), "even number from 2 to head_dim 16"),
+        (Settings(cache=30, queries=0, **QUICK), "queries: 0 .* expected 1 to 64"),
+        (Settings(cache=30, queries=65, **QUICK), "queries: 65 .* expected 1 to 64"),
+        (Settings(experts=ExpertSplit(4, 2, 2), queries=4, **QUICK), "give cache or error too"),
         (Settings(cache=30, experts=ExpertSplit(5, 2, 2), **QUICK), "do not divide intermediate_size 96"),
         (Settings(cache=30, **(QUICK | {"length": 400})), "max_position_embeddings 128"),
         (Settings(cache=30, **(QUICK | {"windows": 10000})), "expected at least 10002"),

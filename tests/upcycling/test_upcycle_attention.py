@@ -11,7 +11,7 @@ from abyssal.model import Transformer
 from abyssal.model.rotary import inverse_frequencies
 from abyssal.upcycling.attention import latent_attention, separated, without_norm
 from abyssal.upcycling.calibration import Statistics, causal_context, statistics
-from abyssal.upcycling.latent import even_out, rank_for, root, spectrum
+from abyssal.upcycling.latent import even_out, query_spectrum, rank_for, root, spectrum
 from abyssal.upcycling.rotary import rotary_theta, separate
 from abyssal.upcycling.settings import Settings, converted_config
 
@@ -232,3 +232,34 @@ def test_root_and_inverse():
     up, down = root(x.T @ x)
     assert torch.allclose(up @ up, x.T @ x)
     assert torch.allclose(up @ down, torch.eye(5, dtype=torch.float64))
+
+
+@given(rank=st.integers(1, 16), seed=st.integers(0, 50))
+@settings(max_examples=15)
+def test_queries_lose_what_their_scores_are_worth_and_no_more(rank, seed):
+    """The SVD's error is the mean over pairs of tokens of what a score is off by, squared; random cuts lose more."""
+    g = torch.Generator().manual_seed(seed)
+    w_q, w_k = torch.randn(4, SIZE, HIDDEN, generator=g), torch.randn(2, SIZE, HIDDEN, generator=g)
+    x, stats = made_up(4, seed=seed)
+    parts = separate(w_q, w_k, stats, THETA, 2)
+    found = query_spectrum(parts, stats)
+    down, up = found.cut(rank)
+    whole = torch.cat((parts.q_nope, parts.q_rope), dim=1)
+
+    def lost(queries):
+        off = (whole - queries.unflatten(0, (4, SIZE + 2))) @ x.T
+        total = 0.0
+        for head in range(4):
+            keys = parts.k_nope[head // 2] @ x.T
+            score = (off[head, :SIZE].T @ keys).square().mean()
+            rotary = off[head, SIZE:].square().sum(0).mean() * (parts.k_rope @ x.T).square().sum(0).mean() / 2
+            total += float(stats.spread[head] / SIZE * (score + rotary))
+        return total
+
+    least = lost(up @ down)
+    assert math.sqrt(least / lost(torch.zeros_like(up @ down))) == pytest.approx(found.error(rank), rel=1e-4, abs=1e-4)
+    for _ in range(3):
+        other = torch.randn(rank, HIDDEN, generator=g, dtype=torch.float64)
+        moment = stats.moment
+        best = whole.flatten(0, 1) @ moment @ other.T @ torch.linalg.inv(other @ moment @ other.T)
+        assert lost(best @ other) >= least - 1e-6 * abs(least)

@@ -28,6 +28,9 @@ def upcycle_command(
     rotary: Annotated[
         int | None, typer.Option(help="How many of them carry position. Default: 5/8 of the head size.")
     ] = None,
+    queries: Annotated[
+        int | None, typer.Option(help="Queries through a latent of so many values (not cached). Default: whole.")
+    ] = None,
     experts: Annotated[int | None, typer.Option(help="Split the FFN: so many routed experts.")] = None,
     active: Annotated[int | None, typer.Option(help="Routed experts a token. Default: half the FFN is active.")] = None,
     shared: Annotated[int, typer.Option(help="Shared experts, each as wide as a routed one.")] = 0,
@@ -66,7 +69,15 @@ def upcycle_command(
     if written is None:
         raise UserError(f"--dtype: {dtype!r} is not one of bf16, fp32, fp16")
     settings = Settings(
-        cache=cache, error=error, rotary=rotary, experts=split, windows=windows, length=length, fit=fit, seed=seed
+        cache=cache,
+        error=error,
+        rotary=rotary,
+        queries=queries,
+        experts=split,
+        windows=windows,
+        length=length,
+        fit=fit,
+        seed=seed,
     )
     with _progress() as watch:
         report = upcycle(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from abyssal.config import MHAConfig, MLAConfig, ModelConfig
 from abyssal.model.attention import LatentAttention, MultiHeadAttention
 from abyssal.upcycling.calibration import Statistics
-from abyssal.upcycling.latent import Spectrum, even_out, spectrum
+from abyssal.upcycling.latent import Spectrum, even_out, query_spectrum, spectrum
 from abyssal.upcycling.rotary import Separated, separate
 
 
@@ -51,7 +51,14 @@ def latent_attention(
     with torch.device("meta"):
         out = LatentAttention(config, mla)
     out = out.to_empty(device=x.device).float().requires_grad_(False)
-    out.q_proj.weight.copy_(torch.cat((parts.q_nope, parts.q_rope), dim=1).flatten(0, 1) * scale)
+    if mla.q_lora_rank is None:
+        out.q_proj.weight.copy_(torch.cat((parts.q_nope, parts.q_rope), dim=1).flatten(0, 1) * scale)
+    else:  # a query counts as much as any other
+        q_a, q_b = query_spectrum(parts, stats).cut(mla.q_lora_rank)
+        q_a, q_b = even_out(q_a, q_b, x.flatten(0, 1), torch.ones_like(stats.received).flatten())
+        out.q_a_proj.weight.copy_(q_a)
+        out.q_a_layernorm.weight.fill_(1.0)
+        out.q_b_proj.weight.copy_(q_b * scale)
     out.kv_a_proj_with_mqa.weight.copy_(torch.cat((kv_a, parts.k_rope)))
     out.kv_a_layernorm.weight.fill_(1.0)
     out.kv_b_proj.weight.copy_(torch.cat((keys, values), dim=1).flatten(0, 1))
@@ -60,7 +67,8 @@ def latent_attention(
 
 
 def without_norm(attention: LatentAttention) -> LatentAttention:
-    """The same layer, sharing its weights, with nothing where the latent's norm stands."""
+    """The same layer, sharing its weights, with nothing where the latents' norms stand."""
     out = copy.copy(attention)
-    out._modules = {**attention._modules, "kv_a_layernorm": nn.Identity()}
+    norms = {name for name in ("kv_a_layernorm", "q_a_layernorm") if name in attention._modules}
+    out._modules = {**attention._modules, **{name: nn.Identity() for name in norms}}
     return out

@@ -1,4 +1,4 @@
-"""Keys and values of all heads factorised together: the latent of MLA.
+"""Keys and values of all heads factorised together: the latent of MLA; and queries, where they get one of their own.
 
 What :mod:`~abyssal.upcycling.rotary` left unturned of the keys, and the values, are one matrix W [2·G·d, D] of the
 layer's input x. An error in them costs
@@ -9,6 +9,10 @@ layer's input x. An error in them costs
 so with L = diag(A, B)^½ and M = E[x xᵀ] the best approximation of rank C in the mean square is the truncated SVD of
 L W M^½ = U Σ Vᵀ: the latent c = U_Cᵀ L W x (kv_a), keys and values L⁻¹ U_C c (kv_b). Its relative error is
 (Σ_{i>C} σ_i² / Σ σ_i²)^½.
+
+Queries. An error in head h's query costs δqᵀ A_h δq with A_h = spread_h/d E[k kᵀ] of the key that it meets (of a rotary
+pair, which meets keys turned by any angle, the mean over the angles: half the pair's energy on the diagonal). With
+these weights their SVD is cut in the same way.
 
 The latent's norm. V2's and V3's layouts have an RMSNorm on c, dense models have none. Any basis of the latent is as
 good as another without the norm: c → G c in kv_a and G⁻¹ in kv_b. With it, one in which |G c|² is the same for all
@@ -49,16 +53,16 @@ class Spectrum:
     left: Tensor
     values: Tensor
     weighted: Tensor
-    """L W, [2·G·d, D]."""
+    """L W, [2·G·d, D]; of queries [H·(d + R), D]."""
     unweigh: Tensor
-    """L⁻¹, [2·G·d, 2·G·d]."""
+    """L⁻¹, square."""
 
     def error(self, rank: int) -> float:
         """The relative error of the factorisation at ``rank``."""
         return relative_error(self.values, rank)
 
     def cut(self, rank: int) -> tuple[Tensor, Tensor]:
-        """kv_a [C, D] and kv_b [2·G·d, C] at ``rank``."""
+        """kv_a [C, D] and kv_b [2·G·d, C] at ``rank``; or q_a and q_b."""
         left = self.left[:, :rank]
         return left.T @ self.weighted, self.unweigh @ left
 
@@ -71,11 +75,27 @@ def spectrum(parts: Separated, w_v: Tensor, w_o: Tensor, stats: Statistics, key_
     queries = torch.einsum("hdD,DE,heE->hde", q, stats.moment, q) * (stats.spread / size * key_weight).view(-1, 1, 1)
     outputs = torch.einsum("Dhd,Dhe->hde", w_o.double(), w_o.double())
     costs = [cost for part in (queries, outputs) for cost in part.view(groups, heads // groups, size, size).sum(1)]
+    return _spectrum(costs, torch.cat((parts.k_nope.flatten(0, 1), w_v.double().flatten(0, 1))), stats)
+
+
+def query_spectrum(parts: Separated, stats: Statistics) -> Spectrum:
+    """The weighted SVD of the queries, each head's d dimensions without position before its R with."""
+    k, heads = parts.k_nope, len(parts.q_nope)
+    groups, size, _ = k.shape
+    met = torch.einsum("gdD,DE,geE->gde", k, stats.moment, k)
+    turned = torch.einsum("rD,DE,rE->r", parts.k_rope, stats.moment, parts.k_rope)
+    pairs = torch.diag(turned.view(-1, 2).mean(-1).repeat_interleave(2))
+    weights = stats.spread / size
+    costs = [weights[h] * torch.block_diag(met[h // (heads // groups)], pairs) for h in range(heads)]
+    return _spectrum(costs, torch.cat((parts.q_nope, parts.q_rope), dim=1).flatten(0, 1), stats)
+
+
+def _spectrum(costs: list[Tensor], matrix: Tensor, stats: Statistics) -> Spectrum:
     # One floor for all: a head that nothing looks at has costs of 0, and a floor of its own would be 0 too.
     largest = max(float(torch.linalg.eigvalsh(cost)[-1]) for cost in costs)
     roots = [root(cost, of=largest) for cost in costs]
     weigh, unweigh = (torch.block_diag(*(pair[i] for pair in roots)) for i in (0, 1))
-    weighted = weigh @ torch.cat((parts.k_nope.flatten(0, 1), w_v.double().flatten(0, 1)))
+    weighted = weigh @ matrix
     left, values, _ = torch.linalg.svd(weighted @ root(stats.moment)[0], full_matrices=False)
     return Spectrum(left, values, weighted, unweigh)
 
@@ -100,15 +120,15 @@ def rank_for(spectra: list[Tensor], error: float) -> int:
     return low
 
 
-def even_out(kv_a: Tensor, kv_b: Tensor, x: Tensor, received: Tensor) -> tuple[Tensor, Tensor]:
-    """``kv_a`` [C, D] and ``kv_b`` [., C] in the basis in which the latents of ``x`` [N, D] are all about √C long;
-    ``received`` [N] is the attention that rests on each of the tokens."""
-    size = len(kv_a)
+def even_out(down: Tensor, up: Tensor, x: Tensor, received: Tensor) -> tuple[Tensor, Tensor]:
+    """``down`` [C, D] and ``up`` [., C] (kv_a and kv_b, or q_a and q_b) in the basis in which the latents of ``x``
+    [N, D] are all about √C long; ``received`` [N] is the attention that rests on each of the tokens."""
+    size = len(down)
     # All tokens that attention rests on, which are few and unlike the others, and some of the others.
     most = received.topk(min(_ROWS // 8, len(x))).indices
     some = torch.arange(0, len(x), max(len(x) // (_ROWS - len(most)), 1), device=x.device)
     chosen = torch.cat((most, some))
-    latent, received = x[chosen].double() @ kv_a.T, received[chosen]
+    latent, received = x[chosen].double() @ down.T, received[chosen]
     white = root(latent.T @ latent / len(latent), floor=_FLOOR)[1]
     rows = (latent @ white).float()
     weights = (0.5 / len(rows) + 0.5 * received / received.sum()).to(rows)
@@ -126,7 +146,7 @@ def even_out(kv_a: Tensor, kv_b: Tensor, x: Tensor, received: Tensor) -> tuple[T
     with torch.enable_grad():
         optimizer.step(loss)
     found = basis.detach().double() @ white
-    return found @ kv_a, kv_b @ torch.linalg.inv(found)
+    return found @ down, up @ torch.linalg.inv(found)
 
 
 def root(matrix: Tensor, floor: float = 1e-8, of: float | None = None) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,8 @@ class Settings:
 
     Attention becomes latent where ``cache`` (values a token and layer: kv_lora_rank + rotary dims) or ``error`` (the
     smallest rank at which the mean over layers of the factorisation's relative error is at most that) is given;
-    ``rotary`` dims of it carry position, by default five eighths of the head size. ``experts`` splits the FFN.
+    ``rotary`` dims of it carry position, by default five eighths of the head size. ``queries`` gives queries a latent of
+    so many values too (q_lora_rank), which is not cached; None leaves them whole. ``experts`` splits the FFN.
     Calibration takes ``windows`` of ``length`` tokens, and ``held_out`` ones to judge by. Each layer is fitted for
     ``fit`` steps of ``batch`` windows (0: not at all). ``key_weight``: what an error in the keys counts, relative to
     what the statistics say (:mod:`abyssal.upcycling.latent`).
@@ -25,6 +26,7 @@ class Settings:
     cache: int | None = None
     error: float | None = None
     rotary: int | None = None
+    queries: int | None = None
     experts: ExpertSplit | None = None
     windows: int = 128
     held_out: int = 8
@@ -50,6 +52,8 @@ class Settings:
             raise UserError(f"error: {self.error!r} is not valid; expected a number between 0 and 1")
         if self.rotary is not None and not self.latent:
             raise UserError("rotary: latent attention's; give cache or error too")
+        if self.queries is not None and not self.latent:
+            raise UserError("queries: latent attention's; give cache or error too")
         lowest = {"windows": 1, "held_out": 1, "length": 2, "fit": 0, "batch": 1}
         for name, least in lowest.items():
             if getattr(self, name) < least:
@@ -86,6 +90,14 @@ def check_sizes(config: ModelConfig, settings: Settings) -> None:
         raise UserError(
             f"rotary: {rotary} is not valid; expected an even number from 2 to head_dim {attention.head_dim}"
         )
+    most = min(attention.num_attention_heads * (attention.head_dim + rotary), config.hidden_size)
+    if settings.queries is not None and not 1 <= settings.queries <= most:
+        raise UserError(
+            f"queries: {settings.queries} is not valid; queries of all heads have a rank of {most} at most, so "
+            f"expected 1 to {most}"
+        )
+    if settings.queries is not None:
+        check_text(settings, settings.queries)
     if settings.cache is None:
         return
     largest = min(2 * attention.num_key_value_heads * attention.head_dim, config.hidden_size)
@@ -117,6 +129,7 @@ def converted_config(config: ModelConfig, settings: Settings, rank: int, rotary:
     if settings.latent:
         update["attention"] = MLAConfig(
             num_attention_heads=a.num_attention_heads,
+            q_lora_rank=settings.queries,
             kv_lora_rank=rank,
             qk_nope_head_dim=a.head_dim,
             qk_rope_head_dim=rotary,
