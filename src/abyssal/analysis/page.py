@@ -56,6 +56,11 @@ def render_page(name: str, title: str, data: Any) -> str:
 """
 
 
+def style() -> str:
+    """What all pages look like: the style sheet that they share."""
+    return _file("page.css")
+
+
 def to_json(data: Any) -> str:
     """``data`` as JSON that every browser reads: no NaN, no infinity."""
     return json.dumps(_finite(data), separators=(",", ":"), allow_nan=False)

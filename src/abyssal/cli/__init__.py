@@ -17,6 +17,7 @@ from abyssal.cli.eval import eval_command
 from abyssal.cli.export import convert_command, export_command
 from abyssal.cli.generate import generate_command
 from abyssal.cli.inspect import inspect_command
+from abyssal.cli.lab import lab_command
 from abyssal.cli.lens import lens_command
 from abyssal.cli.plan import plan_command
 from abyssal.cli.presets import presets_command
@@ -58,6 +59,7 @@ app.command("tune")(_on_suitable_threads(tune_command))
 app.command("upcycle")(_on_suitable_threads(upcycle_command))
 app.command("report")(report_command)
 app.command("lens")(_on_suitable_threads(lens_command))
+app.command("lab")(_on_suitable_threads(lab_command))
 app.command("generate")(_on_suitable_threads(generate_command))
 app.command("chat")(_on_suitable_threads(chat_command))
 app.command("serve")(_on_suitable_threads(serve_command))

@@ -16,8 +16,8 @@ class Settings:
 
     Attention becomes latent where ``cache`` (values a token and layer: kv_lora_rank + rotary dims) or ``error`` (the
     smallest rank at which the mean over layers of the factorisation's relative error is at most that) is given;
-    ``rotary`` dims of it carry position, by default five eighths of the head size. ``queries`` gives queries a latent of
-    so many values too (q_lora_rank), which is not cached; None leaves them whole. ``experts`` splits the FFN.
+    ``rotary`` dims of it carry position, by default five eighths of the head size. ``queries`` gives queries a latent
+    of so many values too (q_lora_rank), which is not cached; None leaves them whole. ``experts`` splits the FFN.
     Calibration takes ``windows`` of ``length`` tokens, and ``held_out`` ones to judge by. Each layer is fitted for
     ``fit`` steps of ``batch`` windows (0: not at all). ``key_weight``: what an error in the keys counts, relative to
     what the statistics say (:mod:`abyssal.upcycling.latent`).

@@ -1,0 +1,1 @@
+"""Experiments on small models: repeatable runs, over several seeds, that answer questions about the architecture."""

@@ -1,0 +1,187 @@
+"""Experts taken away from a trained model, one at a time and all of a kind: which tokens suffer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from abyssal.lab.charts import heat, points
+from abyssal.lab.experiment import Figures, Finding, Job, Lab, Results, Table
+from abyssal.lab.measure import CLASSES, held_out, token_classes, token_losses, windows
+from abyssal.lab.statistics import against, difference, mean, spread
+from abyssal.loading import load
+from abyssal.model import Transformer
+from abyssal.model.moe import MoE
+
+ROUTED, SHARED = "all routed experts", "the shared experts"
+
+
+class Ablation(Lab):
+    def run(self, job: Job) -> Figures:
+        recipe = job.recipe()
+        model, tokenizer = load(job.train(recipe))
+        assert tokenizer is not None
+        rows = windows(held_out(recipe, tokenizer), recipe.training.sequence_length, job.lab.settings["tokens"])
+        classes = torch.from_numpy(token_classes(tokenizer)[rows[:, 1:].numpy()])
+
+        def losses() -> list[float]:
+            found = token_losses(model, rows)
+            by_class = [float(found[classes == kind].mean()) for kind in range(len(CLASSES))]
+            return [round(x, 5) for x in (float(found.mean()), *by_class)]
+
+        out: Figures = {
+            "shares": [round(float((classes == kind).float().mean()), 4) for kind in range(len(CLASSES))],
+            "whole": losses(),
+        }
+        layers = _layers(model)
+        routed, shared = (
+            [moe.experts.down_proj for moe in layers.values()],
+            [_shared_of(moe) for moe in layers.values()],
+        )
+        for name, tensors in ((ROUTED, routed), (SHARED, shared)):
+            with _without(tensors):
+                out[name] = losses()
+        out["single"] = {}
+        for layer, moe in layers.items():
+            out["single"][str(layer)] = {"shared": [], "routed": []}
+            with _without([_shared_of(moe)]):
+                out["single"][str(layer)]["shared"] = losses()
+            for expert in range(len(moe.experts.down_proj)):
+                with _without([moe.experts.down_proj[expert]]):
+                    out["single"][str(layer)]["routed"].append(losses())
+        return out
+
+    def conclude(self, results: Results) -> Finding:
+        (arm,) = results.figures
+        whole = results.of(arm, "whole")
+        worse = {
+            name: [
+                [b - a for a, b in zip(w, found, strict=True)]
+                for w, found in zip(whole, results.of(arm, name), strict=True)
+            ]
+            for name in (ROUTED, SHARED)
+        }
+        overall = {name: [one[0] for one in worse[name]] for name in worse}
+        answer = [
+            against(
+                "Loss added where they are taken away",
+                (SHARED, overall[SHARED]),
+                (ROUTED, overall[ROUTED]),
+            )
+        ]
+        for name in (SHARED, ROUTED):
+            by_class = {kind: [one[i + 1] for one in worse[name]] for i, kind in enumerate(CLASSES)}
+            most = max(by_class, key=lambda kind: mean(by_class[kind]))
+            least = min(by_class, key=lambda kind: mean(by_class[kind]))
+            apart = difference(by_class[least], by_class[most])
+            answer.append(
+                f"Without {name} tokens of the class “{most}” suffer most (+{spread(by_class[most], 2)} nats), those "
+                f"of “{least}” least (+{spread(by_class[least], 2)})"
+                + ("." if apart.clear else "; the seeds do not show them apart.")
+            )
+        singles = results.of(arm, "single")
+        shared, routed, largest = [], [], []
+        for w, found in zip(whole, singles, strict=True):
+            shared.append(mean([layer["shared"][0] - w[0] for layer in found.values()]))
+            each = [one[0] - w[0] for layer in found.values() for one in layer["routed"]]
+            routed.append(mean(each))
+            largest.append(max(each))
+        answer.append(
+            against(
+                "Loss added by taking away one expert of one layer",
+                ("a routed one", routed),
+                ("the shared one", shared),
+                digits=4,
+            )
+            + f" The routed expert that is missed most adds {spread(largest, 3)}."
+        )
+        selective = [_selectivity(w, found) for w, found in zip(whole, singles, strict=True)]
+        answer.append(
+            f"A routed expert is missed by some classes more than by others: of the loss that taking it away adds, "
+            f"{spread([one[0] for one in selective], 2)} falls on the one class that it adds most to, against "
+            f"{spread([one[1] for one in selective], 2)} for the shared expert of a layer; the commonest class has "
+            f"{max(mean(column) for column in zip(*results.of(arm, 'shares'), strict=True)):.2f} of all tokens."
+        )
+        shares = results.of(arm, "shares")
+        rows = []
+        for i, kind in enumerate(("all tokens", *CLASSES)):
+            rows.append(
+                [
+                    kind,
+                    "1" if i == 0 else f"{mean([one[i - 1] for one in shares]):.2f}",
+                    spread([one[i] for one in whole], 3),
+                    spread([one[i] for one in worse[SHARED]], 3),
+                    spread([one[i] for one in worse[ROUTED]], 3),
+                ]
+            )
+        table = Table(
+            "Loss by class of the token to be predicted, and what is added",
+            ["class", "share of tokens", "nats, whole model", f"without {SHARED}", f"without {ROUTED}"],
+            rows,
+        )
+        charts = [
+            points(
+                f"Added without {name}",
+                "nats a token",
+                {kind: [one[i] for one in worse[name]] for i, kind in enumerate(("all tokens", *CLASSES))},
+            )
+            for name in (SHARED, ROUTED)
+        ]
+        first = results.figures[arm][min(results.figures[arm])]
+        for layer, found in first["single"].items():
+            cells = [
+                [one[i + 1] - first["whole"][i + 1] for i in range(len(CLASSES))]
+                for one in [*found["routed"], found["shared"]]
+            ]
+            names = [*(f"expert {e}" for e in range(len(found["routed"]))), "shared"]
+            charts.append(
+                heat(f"Layer {layer}, seed 1: nats added where one expert is taken away", names, CLASSES, cells)
+            )
+        limits = [
+            "An expert is taken away by making its output 0, without training on: what is measured is what the model "
+            "rests on, not what it could not learn without. The routers go on choosing it."
+        ]
+        return Finding(answer, [table], charts, limits)
+
+
+def _selectivity(whole: list[float], singles: dict[str, dict[str, Any]]) -> tuple[float, float]:
+    """The largest class's share of the added loss, over classes as if all were as common: mean over routed experts, and
+    over shared ones."""
+
+    def share(found: list[float]) -> float:
+        added = np.maximum([b - a for a, b in zip(whole[1:], found[1:], strict=True)], 0)
+        return float(added.max() / added.sum()) if added.sum() > 0 else 0.0
+
+    routed = [share(one) for layer in singles.values() for one in layer["routed"]]
+    return mean(routed), mean([share(layer["shared"]) for layer in singles.values()])
+
+
+def _layers(model: Transformer) -> dict[int, MoE]:
+    return {i: block.mlp for i, block in enumerate(model.blocks) if isinstance(block.mlp, MoE)}
+
+
+def _shared_of(moe: MoE) -> Tensor:
+    assert moe.shared_experts is not None
+    return moe.shared_experts.down_proj.weight
+
+
+@contextmanager
+def _without(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """With these tensors 0."""
+    with torch.no_grad():
+        kept = [tensor.clone() for tensor in tensors]
+        try:
+            for tensor in tensors:
+                tensor.zero_()
+            yield
+        finally:
+            for tensor, before in zip(tensors, kept, strict=True):
+                tensor.copy_(before)
+
+
+LAB = Ablation()

@@ -1,0 +1,165 @@
+"""A model trained on short windows, run on windows some times as long: with YaRN, and with a little training."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+
+from abyssal.config import ModelConfig, YarnConfig
+from abyssal.data.shards import train_split
+from abyssal.exporting import export
+from abyssal.lab.charts import curves
+from abyssal.lab.experiment import Figures, Finding, Job, Lab, Results, Table
+from abyssal.lab.measure import held_out, token_losses, windows
+from abyssal.lab.statistics import against, difference, spread
+from abyssal.loading import load
+from abyssal.model import Transformer
+from abyssal.tuning.recipe import build_recipe
+from abyssal.tuning.start import TUNE
+
+AS_TRAINED, YARN, YARN_ON, PLAIN_ON = "as trained", "YaRN", "YaRN, trained on", "no YaRN, trained on"
+
+
+class ContextLab(Lab):
+    has_common = True
+
+    def common(self, job: Job) -> None:
+        job.train(job.base())
+
+    def run(self, job: Job) -> Figures:
+        settings, recipe = job.lab.settings, job.base()
+        path = job.train(recipe)
+        short = recipe.training.sequence_length
+        long = short * settings["factor"]
+        model, tokenizer = load(path)
+        assert tokenizer is not None
+        if job.arm in (YARN, YARN_ON):
+            model = _with_yarn(model, settings["factor"], short)
+        if job.arm in (YARN_ON, PLAIN_ON):
+            folder = job.folder / "begin" / job.name
+            if not folder.is_dir():
+                folder.parent.mkdir(parents=True, exist_ok=True)
+                export(model, folder, tokenizer=tokenizer)
+            text = _training_text(job)
+            steps, batch = settings["steps"], max(recipe.training.batch_size // settings["factor"], 1)
+            tuned = job.train(
+                build_recipe(
+                    str(folder),
+                    str(text),
+                    None,
+                    {
+                        "method": "full",
+                        "training": {
+                            "steps": steps,
+                            "batch_size": batch,
+                            "sequence_length": long,
+                            "seed": job.seed,
+                            "dtype": recipe.training.dtype,
+                            "device": recipe.training.device,
+                        },
+                        "optimizer": {"lr": settings["rate"]},
+                        "balance": "none",
+                        "drift": {"tokens": 0},
+                        "validation": {"every": 10**6, "batches": 1},
+                        "checkpoint": {"every": 10**6, "keep": 1},
+                    },
+                ),
+                kind=TUNE,
+                salt=f"{job.lab.name} {job.arm} {job.seed} {path.name} {settings['factor']}",
+            )
+            model, _ = load(tuned)
+        shards = held_out(recipe, tokenizer)
+        by_position = token_losses(model, windows(shards, long, settings["tokens"])).mean(0)
+        bounds = [0]
+        while bounds[-1] < long:
+            bounds.append(min(max(2 * bounds[-1], short // 4), long))
+        places = [f"{a}–{b - 1}" for a, b in pairwise(bounds)]
+        values = [round(float(by_position[a:b].mean()), 5) for a, b in pairwise(bounds)]
+        beyond = float(by_position[short:].mean())
+        return {
+            "places": places,
+            "by_position": values,
+            "short": round(float(token_losses(model, windows(shards, short, settings["tokens"])).mean()), 5),
+            "long": round(float(by_position.mean()), 5),
+            "beyond": round(beyond, 5),
+            "within": round(float(by_position[:short].mean()), 5),
+        }
+
+    def conclude(self, results: Results) -> Finding:
+        arms = list(results.figures)
+        beyond = {arm: results.of(arm, "beyond") for arm in arms}
+        short = {arm: results.of(arm, "short") for arm in arms}
+        factor, trained = results.lab.settings["factor"], results.lab.base["training"]["sequence_length"]
+        worse = difference(results.of(AS_TRAINED, "within"), beyond[AS_TRAINED])
+        answer = [
+            f"Trained on {trained} tokens and run on {factor * trained}, the model as it is "
+            + (
+                f"is worse beyond what it knows: {spread(beyond[AS_TRAINED])} nats there against "
+                f"{results.spread(AS_TRAINED, 'within')} before."
+                if worse.clear and worse.mean > 0
+                else f"is not worse beyond what it knows: {spread(beyond[AS_TRAINED])} nats there, "
+                f"{results.spread(AS_TRAINED, 'within')} before."
+            ),
+            against("Loss beyond the trained length", (AS_TRAINED, beyond[AS_TRAINED]), (YARN, beyond[YARN])),
+            against("Loss on short text", (AS_TRAINED, short[AS_TRAINED]), (YARN, short[YARN])),
+            against("Loss beyond the trained length", (YARN, beyond[YARN]), (YARN_ON, beyond[YARN_ON])),
+            against("Loss beyond the trained length", (PLAIN_ON, beyond[PLAIN_ON]), (YARN_ON, beyond[YARN_ON])),
+            against("Loss on short text", (AS_TRAINED, short[AS_TRAINED]), (YARN_ON, short[YARN_ON])),
+        ]
+        places = results.of(arms[0], "places")[0]
+        table = Table(
+            "Loss by position, nats a token",
+            ["model", *places, "short text alone"],
+            [
+                [
+                    arm,
+                    *(spread([one[i] for one in results.of(arm, "by_position")], 2) for i in range(len(places))),
+                    spread(short[arm], 3),
+                ]
+                for arm in arms
+            ],
+        )
+        charts = [
+            curves(
+                "Loss by position",
+                list(range(len(places))),
+                {arm: results.of(arm, "by_position") for arm in arms},
+                across="position in the window",
+                up="nats a token",
+                ticks=places,
+            )
+        ]
+        limits = [
+            f"The training text is that of the short training, {results.lab.settings['steps']} steps of it; “no YaRN, "
+            "trained on” tells what of the gain is the further training. Most of a head's dimensions here carry no "
+            "position (MLA's decoupled rotary part is small), and text of this kind asks for little beyond a hundred "
+            "tokens."
+        ]
+        return Finding(answer, [table], charts, limits)
+
+
+def _with_yarn(model: Transformer, factor: float, original: int) -> Transformer:
+    """The same weights with DeepSeek-V3's YaRN settings: mscale = mscale_all_dim = 1."""
+    yarn = YarnConfig(factor=factor, original_max_position_embeddings=original, mscale=1.0, mscale_all_dim=1.0)
+    config: ModelConfig = model.config.model_copy(update={"rope": model.config.rope.model_copy(update={"yarn": yarn})})
+    with torch.device("meta"):
+        out = Transformer(config)
+    out.load_state_dict(model.state_dict(), assign=True)
+    return out.eval()
+
+
+def _training_text(job: Job) -> Path:
+    """The split that models are trained on, as a file: what is held out must stay so."""
+    from abyssal.checkpoint import write_text
+
+    data = job.base().data
+    file = job.folder / f"train-seed{job.seed}-{job.name}.txt"
+    if not file.is_file():
+        documents = train_split(data.source, 0.0 if data.validation else data.validation_fraction, field=data.field)
+        write_text(file, "\n<|endoftext|>\n".join(documents))
+    return file
+
+
+LAB = ContextLab()

@@ -1,0 +1,147 @@
+"""A trained MHA model turned into MLA at several sizes of the cache (docs/upcycling.md says how)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from abyssal.config import merge
+from abyssal.data.shards import train_split
+from abyssal.lab.charts import curves
+from abyssal.lab.experiment import Figures, Finding, Job, Lab, Results, Table
+from abyssal.lab.measure import held_out, token_losses, windows
+from abyssal.lab.statistics import mean, spread
+from abyssal.loading import load
+from abyssal.training.recipe import Recipe
+from abyssal.upcycling import Settings, read_dense
+from abyssal.upcycling.calibration import pieces
+from abyssal.upcycling.conversion import Conversion
+
+_HELD_OUT = 8
+
+
+class ConversionLab(Lab):
+    has_common = True
+
+    def common(self, job: Job) -> None:
+        job.train(self._dense(job))
+
+    def run(self, job: Job) -> Figures:
+        assert job.arm is not None
+        chosen, recipe = job.lab.settings, self._dense(job)
+        path: Path = job.train(recipe)
+        length = recipe.training.sequence_length
+        dense = read_dense(path)
+        settings = Settings(
+            cache=int(job.arm),
+            windows=chosen["windows"],
+            held_out=_HELD_OUT,
+            length=length,
+            fit=chosen["fit"],
+            seed=job.seed,
+        )
+        training_text = train_split(recipe.data.source, recipe.data.validation_fraction, field=recipe.data.field)
+        text = pieces(training_text, dense.tokenizer, windows=settings.windows, held_out=_HELD_OUT, length=length)
+        conversion = Conversion(dense, settings, text, lambda what, done, of: job.check_stop())
+        report = conversion.run([dense.tokenizer.decode(row) for row in text.held_out.tolist()])
+        rows = windows(held_out(recipe, dense.tokenizer), length, chosen["tokens"])
+        loaded, _ = load(path)
+        stages = list(report.layers[0].attention)
+        return {
+            "cached_before": report.cached_before,
+            "cached": report.cached_after,
+            "loss_before": round(float(token_losses(loaded, rows).mean()), 5),
+            "loss": round(float(token_losses(conversion.new, rows).mean()), 5),
+            "cosine": {stage: round(mean([layer.attention[stage] for layer in report.layers]), 5) for stage in stages},
+            "least": {stage: round(min(layer.attention[stage] for layer in report.layers), 5) for stage in stages},
+        }
+
+    def conclude(self, results: Results) -> Finding:
+        arms = list(results.figures)
+        before = results.of(arms[0], "cached_before")[0]
+        cached = [results.of(arm, "cached")[0] for arm in arms]
+        added = {
+            arm: [b - a for a, b in zip(results.of(arm, "loss_before"), results.of(arm, "loss"), strict=True)]
+            for arm in arms
+        }
+        stages = list(results.of(arms[0], "cosine")[0])
+        last = stages[-1]
+        cosine = {arm: results.of(arm, "cosine", last) for arm in arms}
+        good = [arm for arm in arms if mean(cosine[arm]) > 0.95]
+        answer = [
+            f"The dense model caches {before} values a token and layer. With {cached[0]} the converted one's loss is "
+            f"{spread(added[arms[0]], 3)} nats above the dense one's, with {cached[-1]} {spread(added[arms[-1]], 3)}.",
+        ]
+        if good:
+            smallest = min(good, key=int)
+            answer.append(
+                f"The smallest cache with a mean cosine above 0.95 between the layers' outputs is {smallest} values, "
+                f"{before / int(smallest):.1f} times smaller ({spread(cosine[smallest], 3)}; loss + "
+                f"{spread(added[smallest], 3)} nats, perplexity × {_ratio(added[smallest])})."
+            )
+        else:
+            answer.append("No size has a mean cosine above 0.95 between the layers' outputs.")
+        helped = mean(
+            [mean(results.of(arm, "cosine", last)) - mean(results.of(arm, "cosine", "norm in")) for arm in arms]
+        )
+        if last == "fitted":
+            answer.append(f"Fitting each layer to the dense one's output raises the cosine by {helped:.3f} on average.")
+        table = Table(
+            "By the values that a token and layer cache",
+            [
+                "cache",
+                "times smaller",
+                *(f"cosine, {stage}" for stage in stages),
+                "least of the layers",
+                "nats added",
+                "perplexity ×",
+            ],
+            [
+                [
+                    f"{size}",
+                    f"{before / size:.1f}",
+                    *(results.spread(arm, "cosine", stage) for stage in stages),
+                    results.spread(arm, "least", last),
+                    spread(added[arm], 3),
+                    _ratio(added[arm]),
+                ]
+                for arm, size in zip(arms, cached, strict=True)
+            ],
+        )
+        seeds = range(len(results.of(arms[0], "loss")))
+        charts = [
+            curves(
+                "Cosine of the layers' outputs",
+                cached,
+                {stage: [[results.of(arm, "cosine", stage)[s] for arm in arms] for s in seeds] for stage in stages},
+                across="cached values a token and layer",
+                up="mean over layers",
+            ),
+            curves(
+                "Loss added by the conversion",
+                cached,
+                {"fitted, not trained on": [[added[arm][s] for arm in arms] for s in seeds]},
+                across="cached values a token and layer",
+                up="nats a token",
+            ),
+        ]
+        limits = [
+            "Without any training of the whole model afterwards, which takes most of the loss back "
+            "(docs/upcycling.md has it for SmolLM2). A model of four layers that has seen little text is easier and "
+            "harder to convert than a real one in ways that this does not separate."
+        ]
+        return Finding(answer, [table], charts, limits)
+
+    @staticmethod
+    def _dense(job: Job) -> Recipe:
+        # The attention of the settings takes the place of MLA's, instead of being laid over it.
+        plain = job.lab.model_copy(update={"base": merge(job.lab.base, {"model": {"attention": None}})})
+        return plain.recipe(None, job.seed, {"model": job.lab.settings["model"], "balance": "none"})
+
+
+def _ratio(added: list[float]) -> str:
+    from math import exp
+
+    return spread([exp(value) for value in added], 2)
+
+
+LAB = ConversionLab()

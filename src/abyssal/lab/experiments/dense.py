@@ -1,0 +1,104 @@
+"""MoE beside dense models that have as many active parameters, as many in all, or as much time."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from statistics import median
+
+from abyssal.analysis.flops import count_flops
+from abyssal.analysis.parameters import count_parameters
+from abyssal.checkpoint import write_text
+from abyssal.checkpoint.run import read_metrics
+from abyssal.lab.charts import points
+from abyssal.lab.experiment import Figures, Finding, Job, Lab, Results, Table
+from abyssal.lab.measure import run_figures
+from abyssal.lab.statistics import against, mean, spread
+from abyssal.training.start import start
+from abyssal.training.trainer import Trainer
+
+
+class Dense(Lab):
+    has_common = True
+
+    def common(self, job: Job) -> None:
+        """How long a step of each arm takes, measured in turn: ``rounds`` times some steps of one, then of the next."""
+        settings = job.lab.settings
+        timed = {arm: job.lab.recipe(arm, job.seed) for arm in (settings["against"], *settings["timed"])}
+        folder = job.folder / "pace" / f"seed{job.seed}"
+        shutil.rmtree(folder, ignore_errors=True)
+        due, running = [0], [""]
+        trainers: dict[str, Trainer] = {}
+        for number, (arm, recipe) in enumerate(timed.items()):
+            trainers[arm] = start(
+                recipe, folder / str(number), should_stop=lambda: job.stop() or trainers[running[0]].done >= due[0]
+            )
+        for _ in range(settings["rounds"]):
+            due[0] += settings["steps_a_round"]
+            for arm, trainer in trainers.items():
+                running[0] = arm
+                trainer.train()
+                job.check_stop()
+        pace = {}
+        for number, arm in enumerate(timed):
+            records = read_metrics(folder / str(number) / "metrics.jsonl")
+            times = [record["step_time"] for record in records if record["kind"] == "train"]
+            pace[arm] = median(times[settings["steps_a_round"] :])  # the first round warms up
+        shutil.rmtree(folder)
+        write_text(_pace_file(job), json.dumps(pace) + "\n")
+
+    def run(self, job: Job) -> Figures:
+        settings = job.lab.settings
+        recipe = job.recipe()
+        ratio = None
+        if job.arm in settings["timed"]:
+            pace = json.loads(_pace_file(job).read_text(encoding="utf-8"))
+            ratio = pace[settings["against"]] / pace[job.arm]
+            recipe = job.recipe({"training": {"steps": max(round(recipe.training.steps * ratio), 1)}})
+        config = recipe.model_config_resolved()
+        counts = count_parameters(config)
+        found = run_figures(job.train(recipe))
+        found.pop("cv_curve", None)
+        flops = count_flops(config, recipe.training.sequence_length).forward
+        return found | {"parameters": counts.total, "active": counts.active, "flops": flops, "steps_ratio": ratio}
+
+    def conclude(self, results: Results) -> Finding:
+        arms = list(results.figures)
+        moe, others = arms[0], arms[1:]
+        loss = {arm: results.of(arm, "loss") for arm in arms}
+        answer = [against("Validation loss", (arm, loss[arm]), (moe, loss[moe]), digits=4) for arm in others]
+        for arm in results.lab.settings["timed"]:
+            ratios = results.of(arm, "steps_ratio")
+            answer.append(
+                f"In the time of a step of {moe}, measured in turn on this machine, {spread(ratios, 2)} steps are done "
+                f"of “{arm}”."
+            )
+        table = Table(
+            "MoE and dense",
+            ["model", "parameters", "active", "forward MFLOP a token", "steps", "validation, nats a token"],
+            [
+                [
+                    arm,
+                    f"{results.of(arm, 'parameters')[0]:,}",
+                    f"{results.of(arm, 'active')[0]:,}",
+                    f"{results.of(arm, 'flops')[0] / 1e6:.2f}",
+                    f"{mean(results.of(arm, 'steps')):.0f}",
+                    results.spread(arm, "loss", digits=4),
+                ]
+                for arm in arms
+            ],
+        )
+        charts = [points("Loss at the end", "validation loss, nats a token", loss)]
+        limits = [
+            "Time is that of this machine and of this package's steps: small experts keep a CPU less busy than one "
+            "wide matrix does, and a GPU still less. A longer schedule also sees more of the text again."
+        ]
+        return Finding(answer, [table], charts, limits)
+
+
+def _pace_file(job: Job) -> Path:
+    return job.folder / f"pace-seed{job.seed}.json"
+
+
+LAB = Dense()

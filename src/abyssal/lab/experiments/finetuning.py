@@ -1,0 +1,182 @@
+"""A model tuned on text of another kind, by several methods: how far its routing moves, there and on the old text."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+
+import torch
+
+from abyssal.analysis.lens import look
+from abyssal.analysis.specialisation import drift
+from abyssal.checkpoint import write_text
+from abyssal.config import merge
+from abyssal.data.tokenizer import Tokenizer
+from abyssal.lab.charts import points
+from abyssal.lab.experiment import Figures, Finding, Job, Lab, Results, Table
+from abyssal.lab.measure import held_out, texts_of, token_losses, windows
+from abyssal.lab.statistics import against, difference, mean, spread
+from abyssal.loading import load
+from abyssal.tuning.recipe import build_recipe
+from abyssal.tuning.start import TUNE
+
+_HELD_OUT = 0.2
+
+
+class FinetuningLab(Lab):
+    has_common = True
+
+    def common(self, job: Job) -> None:
+        job.train(job.base())
+
+    def run(self, job: Job) -> Figures:
+        assert job.arm is not None
+        settings, recipe = job.lab.settings, job.base()
+        base = job.train(recipe)
+        before, tokenizer = load(base)
+        assert tokenizer is not None
+        learned, kept = _code(job)
+        length = recipe.training.sequence_length
+        asked = merge(
+            {
+                "training": {
+                    "steps": settings["steps"],
+                    "batch_size": recipe.training.batch_size,
+                    "sequence_length": length,
+                    "seed": job.seed,
+                    "dtype": recipe.training.dtype,
+                    "device": recipe.training.device,
+                },
+                "drift": {"tokens": 0},
+                "validation": {"every": 10**6, "batches": 1},
+                "checkpoint": {"every": 10**6, "keep": 1},
+            },
+            settings["methods"][job.arm],
+        )
+        tuned = job.train(
+            build_recipe(str(base), str(learned), None, asked), kind=TUNE, salt=f"{job.lab.name} {job.arm} {base.name}"
+        )
+        after, _ = load(tuned)
+        out: Figures = {}
+        for name, rows in (
+            ("old", windows(held_out(recipe, tokenizer), length, settings["tokens"])),
+            ("new", _rows(tokenizer, kept.read_text(encoding="utf-8"), length, settings["tokens"])),
+        ):
+            texts = texts_of(rows)
+            was, now = look(before, texts), look(after, texts)
+            moved = {str(layer): drift(was[layer], now[layer]) for layer in was}
+            out[name] = {
+                "loss_before": round(float(token_losses(before, rows).mean()), 5),
+                "loss": round(float(token_losses(after, rows).mean()), 5),
+                "moved": {layer: round(1 - found.overlap, 5) for layer, found in moved.items()},
+                "load": {layer: round(found.variation, 5) for layer, found in moved.items()},
+            }
+        return out
+
+    def conclude(self, results: Results) -> Finding:
+        arms = list(results.figures)
+
+        def moved(arm: str, text: str) -> list[float]:
+            return [mean(list(found.values())) for found in results.of(arm, text, "moved")]
+
+        def learned(arm: str, text: str) -> list[float]:
+            return [
+                b - a for a, b in zip(results.of(arm, text, "loss_before"), results.of(arm, text, "loss"), strict=True)
+            ]
+
+        most = max(arms, key=lambda arm: mean(moved(arm, "new")))
+        least = min(arms, key=lambda arm: mean(moved(arm, "new")))
+        answer = [
+            against(
+                "Choices of experts that change on the new text",
+                (least, moved(least, "new")),
+                (most, moved(most, "new")),
+            )
+        ]
+        for arm in arms:
+            here = difference(moved(arm, "old"), moved(arm, "new"))
+            where = (
+                f"{'more' if here.mean > 0 else 'less'} on the new text than on the old"
+                if here.clear
+                else "as much on the one text as on the other, as far as these seeds show"
+            )
+            answer.append(
+                f"{arm}: {spread(moved(arm, 'new'), 2)} of the choices on the new text change, "
+                f"{spread(moved(arm, 'old'), 2)} on the old ({where}); loss {spread(learned(arm, 'new'), 2)} on the "
+                f"new text, {spread(learned(arm, 'old'), 2)} on the old."
+            )
+        layers = list(results.of(arms[0], "new", "moved")[0])
+        trend = {
+            arm: difference(
+                *([found[layer] for found in results.of(arm, "new", "moved")] for layer in (layers[0], layers[-1]))
+            )
+            for arm in arms
+        }
+        deeper = [arm for arm in arms if trend[arm].low > 0]
+        answer.append(
+            "Routing moves more in the last layer than in the first with: "
+            f"{', '.join(deeper) or 'none of the methods'}."
+        )
+        table = Table(
+            "Before and after",
+            [
+                "method",
+                "new text: nats before",
+                "after",
+                "choices moved",
+                "old text: nats before",
+                "after",
+                "choices moved",
+            ],
+            [
+                [
+                    arm,
+                    results.spread(arm, "new", "loss_before", digits=2),
+                    results.spread(arm, "new", "loss", digits=2),
+                    spread(moved(arm, "new"), 3),
+                    results.spread(arm, "old", "loss_before", digits=2),
+                    results.spread(arm, "old", "loss", digits=2),
+                    spread(moved(arm, "old"), 3),
+                ]
+                for arm in arms
+            ],
+        )
+        by_layer = Table(
+            "Share of the choices on the new text that change, by layer",
+            ["method", *(f"layer {layer}" for layer in layers)],
+            [
+                [arm, *(spread([found[layer] for found in results.of(arm, "new", "moved")], 3) for layer in layers)]
+                for arm in arms
+            ],
+        )
+        both = {f"{arm}, {text} text": moved(arm, text) for arm in arms for text in ("new", "old")}
+        charts = [points("Choices that change", "share of a token's experts that are others after tuning", both)]
+        limits = [
+            "The new text is this package's own source code, read with a tokenizer made for the old one. Rates differ "
+            "by method (in the recipe below), and how much is learned differs with them: a method that learns less "
+            "also moves less. Routers are trained with all weights, and frozen with LoRA and ESFT: there routing moves "
+            "because what reaches the routers does."
+        ]
+        return Finding(answer, [table, by_layer], charts, limits)
+
+
+def _code(job: Job) -> tuple[Path, Path]:
+    """The package's source as two files: to tune on, and held out from its end."""
+    files = [job.folder / f"{name}-{job.name}.txt" for name in ("learned", "kept")]
+    if not all(file.is_file() for file in files):
+        root = Path(str(resources.files("abyssal")))
+        text = "\n\n".join(file.read_text(encoding="utf-8") for file in sorted(root.rglob("*.py")))
+        text = text[: job.lab.settings["characters"]]
+        cut = int(len(text) * (1 - _HELD_OUT))
+        for file, part in zip(files, (text[:cut], text[cut:]), strict=True):
+            write_text(file, part)
+    return files[0], files[1]
+
+
+def _rows(tokenizer: Tokenizer, text: str, length: int, tokens: int) -> torch.Tensor:
+    ids = tokenizer.encode(text)
+    count = max(min(tokens, len(ids) - 1) // length, 1)
+    return torch.tensor([ids[i * length : i * length + length + 1] for i in range(count)])
+
+
+LAB = FinetuningLab()
