@@ -13,7 +13,7 @@ from typing import Any
 
 from abyssal.analysis.charts import COLOURS
 from abyssal.errors import UserError
-from abyssal.lab.statistics import deviation, mean
+from abyssal.lab.statistics import deviation, mean, signed
 
 _INK = "#123456"  # stands for the page's own colour of text until the SVG is placed
 _MARKS = ("o", "s", "^", "D", "v", "P", "X", "*")
@@ -102,13 +102,15 @@ def heat(
     """A table of means as colours, the number in every cell; red is more than 0, blue is less."""
     figure, axes = _figure(0.34 * len(rows) + 1.2)
     reach = max((abs(v) for row in values for v in row), default=1.0) or 1.0
-    axes.imshow(values, cmap="RdBu_r", vmin=-1.3 * reach, vmax=1.3 * reach, aspect="auto")
-    axes.set_xticks(range(len(columns)), list(columns))
-    axes.set_yticks(range(len(rows)), list(rows))
+    # Not imshow, which would put a picture into the SVG: browsers blur one that is a few pixels wide.
+    axes.pcolormesh(values, cmap="RdBu_r", vmin=-1.3 * reach, vmax=1.3 * reach, edgecolors="face", linewidth=0.3)
+    axes.set_xticks([i + 0.5 for i in range(len(columns))], list(columns))
+    axes.set_yticks([i + 0.5 for i in range(len(rows))], list(rows))
+    axes.invert_yaxis()
     axes.grid(False)
     for i, row in enumerate(values):
         for j, value in enumerate(row):
-            axes.text(j, i, f"{value:.{digits}f}", ha="center", va="center", fontsize=8, color="#1b1f24")
+            axes.text(j + 0.5, i + 0.5, signed(value, digits), ha="center", va="center", fontsize=8, color="#1b1f24")
     return Chart(title, _svg(figure, title))
 
 

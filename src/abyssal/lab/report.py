@@ -156,5 +156,6 @@ def _always(results: Results) -> list[str]:
 
 def _made(machine: dict[str, Any], seconds: float) -> list[tuple[str, str]]:
     minutes = f"{seconds / 60:.0f} minutes of computing in all, each job by its own clock"
-    named = [(name.replace("_", " "), str(value)) for name, value in machine.items() if value is not None]
+    shown = ("device_name", "dtype", "cores", "abyssal", "torch", "python")
+    named = [(name.replace("_", " "), str(machine[name])) for name in shown if machine.get(name) is not None]
     return [("time", minutes), *named]

@@ -29,13 +29,16 @@ class Ablation(Lab):
         rows = windows(held_out(recipe, tokenizer), recipe.training.sequence_length, job.lab.settings["tokens"])
         classes = torch.from_numpy(token_classes(tokenizer)[rows[:, 1:].numpy()])
 
+        present = [kind for kind in range(len(CLASSES)) if bool((classes == kind).any())]
+
         def losses() -> list[float]:
             found = token_losses(model, rows)
-            by_class = [float(found[classes == kind].mean()) for kind in range(len(CLASSES))]
+            by_class = [float(found[classes == kind].mean()) for kind in present]
             return [round(x, 5) for x in (float(found.mean()), *by_class)]
 
         out: Figures = {
-            "shares": [round(float((classes == kind).float().mean()), 4) for kind in range(len(CLASSES))],
+            "classes": [CLASSES[kind] for kind in present],
+            "shares": [round(float((classes == kind).float().mean()), 4) for kind in present],
             "whole": losses(),
         }
         layers = _layers(model)
@@ -58,6 +61,7 @@ class Ablation(Lab):
 
     def conclude(self, results: Results) -> Finding:
         (arm,) = results.figures
+        classes = results.of(arm, "classes")[0]
         whole = results.of(arm, "whole")
         worse = {
             name: [
@@ -75,7 +79,7 @@ class Ablation(Lab):
             )
         ]
         for name in (SHARED, ROUTED):
-            by_class = {kind: [one[i + 1] for one in worse[name]] for i, kind in enumerate(CLASSES)}
+            by_class = {kind: [one[i + 1] for one in worse[name]] for i, kind in enumerate(classes)}
             most = max(by_class, key=lambda kind: mean(by_class[kind]))
             least = min(by_class, key=lambda kind: mean(by_class[kind]))
             apart = difference(by_class[least], by_class[most])
@@ -109,7 +113,7 @@ class Ablation(Lab):
         )
         shares = results.of(arm, "shares")
         rows = []
-        for i, kind in enumerate(("all tokens", *CLASSES)):
+        for i, kind in enumerate(("all tokens", *classes)):
             rows.append(
                 [
                     kind,
@@ -128,19 +132,19 @@ class Ablation(Lab):
             points(
                 f"Added without {name}",
                 "nats a token",
-                {kind: [one[i] for one in worse[name]] for i, kind in enumerate(("all tokens", *CLASSES))},
+                {kind: [one[i] for one in worse[name]] for i, kind in enumerate(("all tokens", *classes))},
             )
             for name in (SHARED, ROUTED)
         ]
         first = results.figures[arm][min(results.figures[arm])]
         for layer, found in first["single"].items():
             cells = [
-                [one[i + 1] - first["whole"][i + 1] for i in range(len(CLASSES))]
+                [one[i + 1] - first["whole"][i + 1] for i in range(len(classes))]
                 for one in [*found["routed"], found["shared"]]
             ]
             names = [*(f"expert {e}" for e in range(len(found["routed"]))), "shared"]
             charts.append(
-                heat(f"Layer {layer}, seed 1: nats added where one expert is taken away", names, CLASSES, cells)
+                heat(f"Layer {layer}, seed 1: nats added where one expert is taken away", names, classes, cells)
             )
         limits = [
             "An expert is taken away by making its output 0, without training on: what is measured is what the model "

@@ -168,6 +168,7 @@ def _code(job: Job) -> tuple[Path, Path]:
         text = "\n\n".join(file.read_text(encoding="utf-8") for file in sorted(root.rglob("*.py")))
         text = text[: job.lab.settings["characters"]]
         cut = int(len(text) * (1 - _HELD_OUT))
+        job.folder.mkdir(parents=True, exist_ok=True)
         for file, part in zip(files, (text[:cut], text[cut:]), strict=True):
             write_text(file, part)
     return files[0], files[1]
