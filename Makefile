@@ -117,8 +117,10 @@ bench-checkpoints: $(VENV)/.dev
 # The scripts are the source; a notebook is made of each, with what it printed here.
 learn: $(VENV)/.dev
 	@$(INSTALL) --editable '.[learn]'
-	@cd docs/learn && for chapter in $$(ls *.py | grep -v '^checks'); do \
-		echo $$chapter; $(abspath $(BIN))/jupytext --quiet --to ipynb --execute $$chapter || exit 1; done
+	@cd docs/learn && for chapter in $$(ls *.py | grep -v '^checks' | sed 's/\.py$$//'); do echo $$chapter && \
+		PATH="$(abspath $(BIN)):$$PATH" jupytext --quiet --to ipynb --set-kernel python3 --execute $$chapter.py && \
+		PATH="$(abspath $(BIN)):$$PATH" jupyter nbconvert --log-level ERROR --to notebook --inplace --coalesce-streams \
+			--ClearMetadataPreprocessor.enabled=True $$chapter.ipynb || exit 1; done
 
 # Built from a clean tree, installed without the source, run from elsewhere: presets, recipes and corpus must be in it.
 wheel: $(VENV)/.torch
