@@ -92,7 +92,7 @@ def test_granularity_names_the_steps_that_help():
             one |= {"parameters": 10, "active": 5}
     said = " ".join(lab_of("granularity").conclude(results).answer)
     assert f"lower with {arms[-1]} than with {arms[0]}" in said
-    assert f"{arms[0]} → {arms[1]}, {arms[1]} → {arms[2]}." in said
+    assert f"{arms[0]} → {arms[1]}; {arms[1]} → {arms[2]}." in said
 
 
 def test_balancing_tells_what_costs_loss():

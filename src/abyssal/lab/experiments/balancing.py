@@ -28,7 +28,7 @@ class Balancing(Lab):
         ]
         even = [arm for arm in others if results.mean(arm, "cv") < EVEN]
         answer.append(
-            f"A CV below {EVEN} of the load summed over the last 50 steps: {', '.join(even) or 'none of them'}."
+            f"A CV below {EVEN} of the load summed over the last 50 steps: {'; '.join(even) or 'none of them'}."
         )
         worse = [arm for arm in others if (d := difference(loss[NONE], loss[arm])).clear and d.mean > 0]
         better = [arm for arm in others if (d := difference(loss[NONE], loss[arm])).clear and d.mean < 0]
@@ -36,8 +36,8 @@ class Balancing(Lab):
             "Loss beside no balancing: "
             + "; ".join(
                 (
-                    f"higher with {', '.join(worse)}" if worse else "higher with none of them",
-                    f"lower with {', '.join(better)}" if better else "lower with none of them",
+                    f"higher with {' and '.join(worse)}" if worse else "higher with none of them",
+                    f"lower with {' and '.join(better)}" if better else "lower with none of them",
                     "no difference that these seeds show for the others" if len(worse + better) < len(others) else "",
                 )
             ).rstrip("; ")
@@ -49,7 +49,7 @@ class Balancing(Lab):
             best = min(biases, key=lambda arm: means[arm])
             strongest = min(losses, key=lambda arm: means[arm])
             answer.append(against("Loss", (strongest, loss[strongest]), (best, loss[best]), digits=4))
-            answer.append(against("CV of a step's load", (strongest, cv[strongest]), (best, cv[best])))
+            answer.append(against("CV of a step's load", (strongest, cv[strongest]), (best, cv[best]), digits=4))
         table = Table(
             "Balance and loss",
             ["balancer", "CV a step", "CV, 50 steps", "MaxVio, 50 steps", "dead", "validation, nats a token"],

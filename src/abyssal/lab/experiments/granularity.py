@@ -33,7 +33,7 @@ class Granularity(Lab):
         falling = [f"{a} → {b}" for (a, b), d in zip(pairwise(arms), steps, strict=True) if d.high < 0]
         answer.append(
             f"Each time the experts are halved and twice as many of them chosen, the loss falls clearly for: "
-            f"{', '.join(falling) if falling else 'no such step'}."
+            f"{'; '.join(falling) or 'no such step'}."
         )
         table = Table(
             "Loss by how finely the same parameters are cut",
