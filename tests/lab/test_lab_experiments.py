@@ -45,7 +45,7 @@ def test_runs_and_reports(name, tmp_path):
         for text in [*finding.answer, *(c for t in finding.tables for r in t.rows for c in r)]
     )
     files = write_report(
-        results, finding, tmp_path / "report", command="abyssal lab x", machine={"cores": 2}, seconds=60
+        results, finding, tmp_path / "report", command="abyssal lab x", machine={"cores": 2}, spent=(60.0, 90.0)
     )
     page = files[0].read_text(encoding="utf-8")
     assert recipe.question in page

@@ -23,7 +23,9 @@ def one(tmp_path, answer="It is so."):
     finding = Finding(
         [answer], [Table("T", ["a", "b"], [["<i>x</i> | y", "1"]])], [points("P", "nats", {"A": [1.0, 2.0]})]
     )
-    return write_report(results, finding, tmp_path, command="abyssal lab precision", machine={"cores": 2}, seconds=90)
+    return write_report(
+        results, finding, tmp_path, command="abyssal lab precision", machine={"cores": 2}, spent=(60.0, 90.0)
+    )
 
 
 def test_text_is_text(tmp_path):

@@ -50,7 +50,7 @@ def lab_command(
 
         print(yaml.safe_dump(recipe.model_dump(), sort_keys=False, allow_unicode=True, width=100), end="")
         return
-    from abyssal.lab.conduct import conduct, machine_of, seconds_spent
+    from abyssal.lab.conduct import conduct, machine_of, time_spent
     from abyssal.lab.experiments import lab_of
     from abyssal.lab.report import PAGE, check_place, write_report
 
@@ -74,7 +74,7 @@ def lab_command(
         place,
         command=asked,
         machine=machine_of(folder),
-        seconds=seconds_spent(recipe, folder),
+        spent=time_spent(folder),
     )
     say("")
     for sentence in finding.answer:

@@ -87,12 +87,10 @@ def conduct(
     return Results(recipe, figures)
 
 
-def seconds_spent(recipe: LabRecipe, folder: Path) -> float:
-    """What all jobs took together, each by its own clock."""
-    total = 0.0
-    for file in sorted((folder / "figures").glob("*.json")):
-        total += float(json.loads(file.read_text(encoding="utf-8"))["seconds"])
-    return total
+def time_spent(folder: Path) -> tuple[float, float]:
+    """Seconds that all jobs took together: of a processor, and by the clock (of jobs side by side each counts)."""
+    jobs = [json.loads(file.read_text(encoding="utf-8")) for file in sorted((folder / "figures").glob("*.json"))]
+    return sum(float(job["processor"]) for job in jobs), sum(float(job["seconds"]) for job in jobs)
 
 
 def _seeds(recipe: LabRecipe) -> range:
@@ -158,7 +156,7 @@ def _kept(job: Job) -> dict[str, Any] | None:
         return None
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-        return found if {"figures", "seconds"} <= found.keys() else None
+        return found if {"figures", "seconds", "processor"} <= found.keys() else None
     except (ValueError, AttributeError):
         return None  # cut off, or somebody's edit: it is found out anew
 
@@ -224,7 +222,7 @@ def _run(job: Job) -> float:
     job = replace(job, stop=_stop.is_set)
     if job.stop():
         raise Stopped
-    began = time.monotonic()
+    began, busy = time.monotonic(), time.process_time()
     lab = lab_of(job.lab.name)
     if job.arm is None:
         lab.common(job)
@@ -232,6 +230,12 @@ def _run(job: Job) -> float:
     else:
         figures = lab.run(job)
     seconds = time.monotonic() - began
-    told = {"arm": job.arm, "seed": job.seed, "seconds": round(seconds, 2), "figures": figures}
+    told = {
+        "arm": job.arm,
+        "seed": job.seed,
+        "seconds": round(seconds, 2),
+        "processor": round(time.process_time() - busy, 2),
+        "figures": figures,
+    }
     write_text(_file(job), json.dumps(told, indent=1) + "\n")
     return seconds

@@ -12,6 +12,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -171,7 +172,13 @@ class Lab(ABC):
 
 
 def _key(recipe: RunRecipe, kind: Kind, salt: str) -> str:
-    said = {"decisive": recipe.decisive(), "steps": recipe.training.steps, "kind": kind.command, "salt": salt}
+    said = {
+        "abyssal": version("abyssal"),
+        "decisive": recipe.decisive(),
+        "steps": recipe.training.steps,
+        "kind": kind.command,
+        "salt": salt,
+    }
     said["base"] = getattr(recipe, "base", None)
     return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()[:16]
 

@@ -20,7 +20,13 @@ MARK = 'id="abyssal-lab"'
 
 
 def write_report(
-    results: Results, finding: Finding, folder: Path, *, command: str, machine: dict[str, Any], seconds: float
+    results: Results,
+    finding: Finding,
+    folder: Path,
+    *,
+    command: str,
+    machine: dict[str, Any],
+    spent: tuple[float, float],
 ) -> list[Path]:
     """Writes report.html, README.md with its charts, and figures.json into ``folder``, over an earlier report of the
     same experiment; returns the files. Raises UserError where something else is in their places."""
@@ -30,15 +36,15 @@ def write_report(
         "lab": results.lab.name,
         "command": command,
         "machine": machine,
-        "seconds": round(seconds, 1),
+        "seconds": {"processor": round(spent[0], 1), "clock": round(spent[1], 1)},
         "recipe": results.lab.model_dump(),
         "figures": results.figures,
     }
     for old in folder.glob("chart-*.svg"):
         old.unlink()
     files = {
-        folder / PAGE: _page(results, finding, command, machine, seconds),
-        folder / MARKDOWN: _markdown(results, finding, command, machine, seconds),
+        folder / PAGE: _page(results, finding, command, machine, spent),
+        folder / MARKDOWN: _markdown(results, finding, command, machine, spent),
         folder / NUMBERS: json.dumps(told, indent=1, default=str) + "\n",
     }
     for number, chart in enumerate(finding.charts, start=1):
@@ -67,7 +73,7 @@ def check_place(folder: Path, name: str) -> None:
             raise UserError(f"--report: {folder} holds the report on lab {there}; choose another folder")
 
 
-def _page(results: Results, finding: Finding, command: str, machine: dict[str, Any], seconds: float) -> str:
+def _page(results: Results, finding: Finding, command: str, machine: dict[str, Any], spent: tuple[float, float]) -> str:
     say = html.escape
     parts = [f"<p>{say(sentence)}</p>" for sentence in finding.answer]
     for number, chart in enumerate(finding.charts, start=1):
@@ -77,7 +83,7 @@ def _page(results: Results, finding: Finding, command: str, machine: dict[str, A
         rows = "".join("<tr>" + "".join(f"<td>{say(cell)}</td>" for cell in row) + "</tr>" for row in table.rows)
         parts.append(f"<h3>{say(table.title)}</h3><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>")
     limits = "".join(f"<li>{say(limit)}</li>" for limit in [*finding.limits, *_always(results)])
-    made = "".join(f"<tr><td>{say(name)}</td><td>{say(value)}</td></tr>" for name, value in _made(machine, seconds))
+    made = "".join(f"<tr><td>{say(name)}</td><td>{say(value)}</td></tr>" for name, value in _made(machine, spent))
     recipe = yaml.safe_dump(results.lab.model_dump(), sort_keys=False, allow_unicode=True, width=100)
     return f"""<!doctype html>
 <html lang="en">
@@ -115,7 +121,9 @@ table td:first-child {{ white-space: normal; }}
 """
 
 
-def _markdown(results: Results, finding: Finding, command: str, machine: dict[str, Any], seconds: float) -> str:
+def _markdown(
+    results: Results, finding: Finding, command: str, machine: dict[str, Any], spent: tuple[float, float]
+) -> str:
     lines = [f"# {results.lab.question}", "", *_paragraphs(finding.answer)]
     for number, chart in enumerate(finding.charts, start=1):
         lines += [f"![{chart.title}](chart-{number}.svg)", ""]
@@ -123,7 +131,7 @@ def _markdown(results: Results, finding: Finding, command: str, machine: dict[st
         lines += [f"**{table.title}**", "", *_rows(table), ""]
     lines += ["## What this does not show", "", *(f"- {line}" for line in [*finding.limits, *_always(results)]), ""]
     lines += ["## How it was made", "", "```bash", command, "```", ""]
-    lines += [f"- {name}: {value}" for name, value in _made(machine, seconds)]
+    lines += [f"- {name}: {value}" for name, value in _made(machine, spent)]
     lines += [
         "",
         f"The page of it is [{PAGE}]({PAGE}); every seed's figures and the recipe are in [{NUMBERS}]({NUMBERS}).",
@@ -154,8 +162,11 @@ def _always(results: Results) -> list[str]:
     ]
 
 
-def _made(machine: dict[str, Any], seconds: float) -> list[tuple[str, str]]:
-    minutes = f"{seconds / 60:.0f} minutes of computing in all, each job by its own clock"
+def _made(machine: dict[str, Any], spent: tuple[float, float]) -> list[tuple[str, str]]:
+    busy, clock = spent
+    minutes = (
+        f"{busy / 60:.0f} minutes of one core in all (by the clock {clock / 60:.0f}, jobs side by side each counted)"
+    )
     shown = ("device_name", "dtype", "cores", "abyssal", "torch", "python")
     named = [(name.replace("_", " "), str(machine[name])) for name in shown if machine.get(name) is not None]
     return [("time", minutes), *named]
