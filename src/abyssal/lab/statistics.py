@@ -93,6 +93,11 @@ def spread(values: Sequence[float], digits: int = 3) -> str:
     return f"{mean(values):.{digits}f} ± {deviation(values):.{digits}f}".replace("-", "−")
 
 
+def change(values: Sequence[float], digits: int = 3) -> str:
+    """``+1.234 ± 0.005``: the same of what was added or taken away."""
+    return f"{signed(mean(values), digits)} ± {deviation(values):.{digits}f}"
+
+
 def against(
     what: str,
     first: tuple[str, Sequence[float]],

@@ -13,7 +13,7 @@ from torch import Tensor
 from abyssal.lab.charts import heat, points
 from abyssal.lab.experiment import Figures, Finding, Job, Lab, Results, Table
 from abyssal.lab.measure import CLASSES, held_out, token_classes, token_losses, windows
-from abyssal.lab.statistics import against, difference, mean, spread
+from abyssal.lab.statistics import against, change, difference, mean, spread
 from abyssal.loading import load
 from abyssal.model import Transformer
 from abyssal.model.moe import MoE
@@ -84,8 +84,8 @@ class Ablation(Lab):
             least = min(by_class, key=lambda kind: mean(by_class[kind]))
             apart = difference(by_class[least], by_class[most])
             answer.append(
-                f"Without {name} tokens of the class “{most}” suffer most (+{spread(by_class[most], 2)} nats), those "
-                f"of “{least}” least (+{spread(by_class[least], 2)})"
+                f"Without {name} tokens of the class “{most}” suffer most ({change(by_class[most], 2)} nats), those "
+                f"of “{least}” least ({change(by_class[least], 2)})"
                 + ("." if apart.clear else "; the seeds do not show them apart.")
             )
         singles = results.of(arm, "single")
@@ -102,7 +102,7 @@ class Ablation(Lab):
                 ("the shared one", shared),
                 digits=4,
             )
-            + f" The routed expert that is missed most adds {spread(largest, 3)}."
+            + f" The routed expert that is missed most adds {spread(largest, 3)} nats."
         )
         selective = [_selectivity(w, found) for w, found in zip(whole, singles, strict=True)]
         answer.append(
@@ -119,8 +119,8 @@ class Ablation(Lab):
                     kind,
                     "1" if i == 0 else f"{mean([one[i - 1] for one in shares]):.2f}",
                     spread([one[i] for one in whole], 3),
-                    spread([one[i] for one in worse[SHARED]], 3),
-                    spread([one[i] for one in worse[ROUTED]], 3),
+                    change([one[i] for one in worse[SHARED]], 3),
+                    change([one[i] for one in worse[ROUTED]], 3),
                 ]
             )
         table = Table(

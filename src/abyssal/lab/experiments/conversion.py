@@ -9,7 +9,7 @@ from abyssal.data.shards import train_split
 from abyssal.lab.charts import curves
 from abyssal.lab.experiment import Figures, Finding, Job, Lab, Results, Table
 from abyssal.lab.measure import held_out, token_losses, windows
-from abyssal.lab.statistics import mean, spread
+from abyssal.lab.statistics import change, mean, spread
 from abyssal.loading import load
 from abyssal.training.recipe import Recipe
 from abyssal.upcycling import Settings, read_dense
@@ -68,15 +68,16 @@ class ConversionLab(Lab):
         cosine = {arm: results.of(arm, "cosine", last) for arm in arms}
         good = [arm for arm in arms if mean(cosine[arm]) > 0.95]
         answer = [
-            f"The dense model caches {before} values a token and layer. With {cached[0]} the converted one's loss is "
-            f"{spread(added[arms[0]], 3)} nats above the dense one's, with {cached[-1]} {spread(added[arms[-1]], 3)}.",
+            f"The dense model caches {before} values a token and layer. With {cached[0]} the converted one's loss "
+            f"differs from the dense one's by {change(added[arms[0]], 3)} nats, with {cached[-1]} by "
+            f"{change(added[arms[-1]], 3)}.",
         ]
         if good:
             smallest = min(good, key=int)
             answer.append(
                 f"The smallest cache with a mean cosine above 0.95 between the layers' outputs is {smallest} values, "
-                f"{before / int(smallest):.1f} times smaller ({spread(cosine[smallest], 3)}; loss + "
-                f"{spread(added[smallest], 3)} nats, perplexity × {_ratio(added[smallest])})."
+                f"{before / int(smallest):.1f} times smaller ({spread(cosine[smallest], 3)}; loss "
+                f"{change(added[smallest], 3)} nats, perplexity × {_ratio(added[smallest])})."
             )
         else:
             answer.append("No size has a mean cosine above 0.95 between the layers' outputs.")
@@ -101,7 +102,7 @@ class ConversionLab(Lab):
                     f"{before / size:.1f}",
                     *(results.spread(arm, "cosine", stage) for stage in stages),
                     results.spread(arm, "least", last),
-                    spread(added[arm], 3),
+                    change(added[arm], 3),
                     _ratio(added[arm]),
                 ]
                 for arm, size in zip(arms, cached, strict=True)

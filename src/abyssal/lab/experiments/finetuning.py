@@ -15,7 +15,7 @@ from abyssal.data.tokenizer import Tokenizer
 from abyssal.lab.charts import points
 from abyssal.lab.experiment import Figures, Finding, Job, Lab, Results, Table
 from abyssal.lab.measure import held_out, texts_of, token_losses, windows
-from abyssal.lab.statistics import against, difference, mean, spread
+from abyssal.lab.statistics import against, change, difference, mean, spread
 from abyssal.loading import load
 from abyssal.tuning.recipe import build_recipe
 from abyssal.tuning.start import TUNE
@@ -102,8 +102,8 @@ class FinetuningLab(Lab):
             )
             answer.append(
                 f"{arm}: {spread(moved(arm, 'new'), 2)} of the choices on the new text change, "
-                f"{spread(moved(arm, 'old'), 2)} on the old ({where}); loss {spread(learned(arm, 'new'), 2)} on the "
-                f"new text, {spread(learned(arm, 'old'), 2)} on the old."
+                f"{spread(moved(arm, 'old'), 2)} on the old ({where}); loss {change(learned(arm, 'new'), 2)} on the "
+                f"new text, {change(learned(arm, 'old'), 2)} on the old."
             )
         layers = list(results.of(arms[0], "new", "moved")[0])
         trend = {
