@@ -56,7 +56,7 @@ def lab_command(
 
     folder = out or Path("runs/lab") / name
     place = report or folder
-    check_place(place, name)
+    check_place(place, name, "--out" if report is None else "--report")
     say(f"{recipe.question}\n{len(recipe.arms)} arms, {recipe.seeds} seeds; folder {folder}")
     try:
         results = conduct(recipe, folder, jobs=jobs, overwrite=overwrite, watch=_watcher())

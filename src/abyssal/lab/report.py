@@ -54,23 +54,23 @@ def write_report(
     return list(files)
 
 
-def check_place(folder: Path, name: str) -> None:
-    """Raises UserError where a report on the experiment ``name`` cannot be written into ``folder`` without loss."""
+def check_place(folder: Path, name: str, option: str = "--report") -> None:
+    """Raises UserError, naming ``option``, where a report on the experiment ``name`` cannot be written into ``folder`` without loss."""
     if folder.exists() and not folder.is_dir():
-        raise UserError(f"--report: {folder} is a file; expected a folder")
+        raise UserError(f"{option}: {folder} is a file; expected a folder")
     page, numbers = folder / PAGE, folder / NUMBERS
     if page.exists() and MARK not in page.read_text(encoding="utf-8", errors="replace")[:100_000]:
-        raise UserError(f"--report: {page} exists and is no lab's report; choose another folder")
+        raise UserError(f"{option}: {page} exists and is no lab's report; choose another folder")
     readme = folder / MARKDOWN
     if readme.exists() and not page.exists():
-        raise UserError(f"--report: {readme} exists and is no lab's report; choose another folder")
+        raise UserError(f"{option}: {readme} exists and is no lab's report; choose another folder")
     if numbers.exists():
         try:
             there = json.loads(numbers.read_text(encoding="utf-8"))["lab"]
         except (ValueError, KeyError, TypeError):
-            raise UserError(f"--report: {numbers} exists and is no lab's; choose another folder") from None
+            raise UserError(f"{option}: {numbers} exists and is no lab's; choose another folder") from None
         if there != name:
-            raise UserError(f"--report: {folder} holds the report on lab {there}; choose another folder")
+            raise UserError(f"{option}: {folder} holds the report on lab {there}; choose another folder")
 
 
 def _page(results: Results, finding: Finding, command: str, machine: dict[str, Any], spent: tuple[float, float]) -> str:
