@@ -55,7 +55,8 @@ def write_report(
 
 
 def check_place(folder: Path, name: str, option: str = "--report") -> None:
-    """Raises UserError, naming ``option``, where a report on the experiment ``name`` cannot be written into ``folder`` without loss."""
+    """Raises UserError, naming ``option``, where a report on the experiment ``name`` cannot go into ``folder`` without
+    loss."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{option}: {folder} is a file; expected a folder")
     page, numbers = folder / PAGE, folder / NUMBERS
