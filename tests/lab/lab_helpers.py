@@ -14,7 +14,7 @@ TINY = {
 SETTINGS = {
     "specialisation": {"at": [0, 0.5, 1.0], "tokens": 256},
     "ablation": {"tokens": 256},
-    "finetuning": {"characters": 20_000, "steps": 3, "tokens": 256},
+    "finetuning": {"sums": 2_000, "steps": 3, "tokens": 256},
     "conversion": {"windows": 12, "fit": 2, "tokens": 256},
     "context": {"steps": 2, "tokens": 512},
     "dense": {"rounds": 2, "steps_a_round": 1},

@@ -99,7 +99,7 @@ def test_balancing_tells_what_costs_loss():
     recipe = read_lab("balancing")
     values = {
         arm: {
-            "loss": 3.1 if "0.1" in arm and "auxiliary" in arm else 3.0,
+            "loss": 3.1 if "sequence-wise loss, α 0.1" in arm else 3.0,
             "cv": 0.3,
             "cv_per_step": 0.4,
             "max_vio": 1.0,
@@ -115,5 +115,5 @@ def test_balancing_tells_what_costs_loss():
     said = " ".join(lab_of("balancing").conclude(results).answer)
     assert "Evenest load: bias, γ 0.01" in said
     assert "summed over the last 50 steps: bias, γ 0.01." in said
-    assert "higher with auxiliary loss, α 0.1;" in said
+    assert "higher with sequence-wise loss, α 0.1;" in said
     assert "lower with none of them" in said

@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from abyssal.checkpoint.run import MANIFEST, Run
+from abyssal.data.corpus import corpus_fingerprint
 from abyssal.lab.charts import Chart
 from abyssal.lab.recipe import LabRecipe
 from abyssal.lab.statistics import mean, spread
+from abyssal.training.prepare import corpus_id
 from abyssal.training.recipe import Recipe, RunRecipe
 from abyssal.training.start import TRAIN, Kind, resume, start
 from abyssal.training.trainer import Trainer
@@ -179,7 +181,10 @@ def _key(recipe: RunRecipe, kind: Kind, salt: str) -> str:
         "kind": kind.command,
         "salt": salt,
     }
-    said["base"] = getattr(recipe, "base", None)
+    if isinstance(recipe, Recipe):
+        said["corpus"] = corpus_id(recipe.data)
+    else:  # a tuning run: what it begins from lies in a folder named by its own key, and its text may change
+        said |= {"base": getattr(recipe, "base", None), "text": corpus_fingerprint(recipe.data.source)}
     return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 

@@ -44,7 +44,7 @@ class Balancing(Lab):
             + "."
         )
         biases = [arm for arm in others if arm.startswith("bias")]
-        losses = [arm for arm in others if arm.startswith("auxiliary")]
+        losses = [arm for arm in others if "-wise loss" in arm]
         if biases and losses:
             best = min(biases, key=lambda arm: means[arm])
             strongest = min(losses, key=lambda arm: means[arm])

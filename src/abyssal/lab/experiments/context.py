@@ -7,13 +7,14 @@ from pathlib import Path
 
 import torch
 
+from abyssal.checkpoint import write_text
 from abyssal.config import ModelConfig, YarnConfig
 from abyssal.data.shards import train_split
 from abyssal.exporting import export
 from abyssal.lab.charts import curves
 from abyssal.lab.experiment import Figures, Finding, Job, Lab, Results, Table
 from abyssal.lab.measure import held_out, token_losses, windows
-from abyssal.lab.statistics import against, difference, spread
+from abyssal.lab.statistics import against, spread
 from abyssal.loading import load
 from abyssal.model import Transformer
 from abyssal.tuning.recipe import build_recipe
@@ -38,11 +39,12 @@ class ContextLab(Lab):
         if job.arm in (YARN, YARN_ON):
             model = _with_yarn(model, settings["factor"], short)
         if job.arm in (YARN_ON, PLAIN_ON):
-            folder = job.folder / "begin" / job.name
+            # Beside the runs, and named by the one that it comes of: another model never takes its place.
+            yarn = "yarn" if job.arm == YARN_ON else "plain"
+            folder = job.models / f"{path.name}-{yarn}-x{settings['factor']}"
             if not folder.is_dir():
-                folder.parent.mkdir(parents=True, exist_ok=True)
                 export(model, folder, tokenizer=tokenizer)
-            text = _training_text(job)
+            text = _training_text(job, path)
             steps, batch = settings["steps"], max(recipe.training.batch_size // settings["factor"], 1)
             tuned = job.train(
                 build_recipe(
@@ -67,24 +69,27 @@ class ContextLab(Lab):
                     },
                 ),
                 kind=TUNE,
-                salt=f"{job.lab.name} {job.arm} {job.seed} {path.name} {settings['factor']}",
             )
             model, _ = load(tuned)
         shards = held_out(recipe, tokenizer)
-        by_position = token_losses(model, windows(shards, long, settings["tokens"])).mean(0)
+        rows = windows(shards, long, settings["tokens"])
+        losses = token_losses(model, rows)
+        by_position = losses.mean(0)
+        # The same tokens again, each window of the long ones cut in short ones: what lies further back is not seen.
+        cut = torch.stack([row[i : i + short + 1] for row in rows for i in range(0, long, short)])
+        pieces = token_losses(model, cut).view(len(rows), settings["factor"], short)
         bounds = [0]
         while bounds[-1] < long:
             bounds.append(min(max(2 * bounds[-1], short // 4), long))
         places = [f"{a}–{b - 1}" for a, b in pairwise(bounds)]
         values = [round(float(by_position[a:b].mean()), 5) for a, b in pairwise(bounds)]
-        beyond = float(by_position[short:].mean())
         return {
             "places": places,
             "by_position": values,
-            "short": round(float(token_losses(model, windows(shards, short, settings["tokens"])).mean()), 5),
-            "long": round(float(by_position.mean()), 5),
-            "beyond": round(beyond, 5),
-            "within": round(float(by_position[:short].mean()), 5),
+            "short": round(float(pieces.mean()), 5),
+            "long": round(float(losses.mean()), 5),
+            "beyond": round(float(losses[:, short:].mean()), 5),
+            "beyond_cut": round(float(pieces[:, 1:].mean()), 5),
         }
 
     def conclude(self, results: Results) -> Finding:
@@ -92,15 +97,13 @@ class ContextLab(Lab):
         beyond = {arm: results.of(arm, "beyond") for arm in arms}
         short = {arm: results.of(arm, "short") for arm in arms}
         factor, trained = results.lab.settings["factor"], results.lab.base["training"]["sequence_length"]
-        worse = difference(results.of(AS_TRAINED, "within"), beyond[AS_TRAINED])
+        cut, whole = results.of(AS_TRAINED, "beyond_cut"), beyond[AS_TRAINED]
         answer = [
-            f"Trained on {trained} tokens and run on {factor * trained}, the model as it is "
-            + (
-                f"is worse beyond what it knows: {spread(beyond[AS_TRAINED])} nats there against "
-                f"{results.spread(AS_TRAINED, 'within')} before."
-                if worse.clear and worse.mean > 0
-                else f"is not worse beyond what it knows: {spread(beyond[AS_TRAINED])} nats there, "
-                f"{results.spread(AS_TRAINED, 'within')} before."
+            against(
+                f"Trained on {trained} tokens and run on {factor * trained}, the model as it is has on what lies "
+                f"beyond {trained} a loss that is",
+                (f"windows of {trained} for the same tokens", cut),
+                (f"windows of {factor * trained}", whole),
             ),
             against("Loss beyond the trained length", (AS_TRAINED, beyond[AS_TRAINED]), (YARN, beyond[YARN])),
             against("Loss on short text", (AS_TRAINED, short[AS_TRAINED]), (YARN, short[YARN])),
@@ -150,12 +153,10 @@ def _with_yarn(model: Transformer, factor: float, original: int) -> Transformer:
     return out.eval()
 
 
-def _training_text(job: Job) -> Path:
+def _training_text(job: Job, base: Path) -> Path:
     """The split that models are trained on, as a file: what is held out must stay so."""
-    from abyssal.checkpoint import write_text
-
     data = job.base().data
-    file = job.folder / f"train-seed{job.seed}-{job.name}.txt"
+    file = job.models / f"{base.name}-train.txt"
     if not file.is_file():
         documents = train_split(data.source, 0.0 if data.validation else data.validation_fraction, field=data.field)
         write_text(file, "\n<|endoftext|>\n".join(documents))

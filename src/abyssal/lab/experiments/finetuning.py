@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from importlib import resources
+import random
 from pathlib import Path
 
 import torch
@@ -35,7 +35,7 @@ class FinetuningLab(Lab):
         base = job.train(recipe)
         before, tokenizer = load(base)
         assert tokenizer is not None
-        learned, kept = _code(job)
+        file, kept = _texts(job)
         length = recipe.training.sequence_length
         asked = merge(
             {
@@ -53,14 +53,12 @@ class FinetuningLab(Lab):
             },
             settings["methods"][job.arm],
         )
-        tuned = job.train(
-            build_recipe(str(base), str(learned), None, asked), kind=TUNE, salt=f"{job.lab.name} {job.arm} {base.name}"
-        )
+        tuned = job.train(build_recipe(str(base), str(file), None, asked), kind=TUNE)
         after, _ = load(tuned)
         out: Figures = {}
         for name, rows in (
             ("old", windows(held_out(recipe, tokenizer), length, settings["tokens"])),
-            ("new", _rows(tokenizer, kept.read_text(encoding="utf-8"), length, settings["tokens"])),
+            ("new", _rows(tokenizer, kept, length, settings["tokens"])),
         ):
             texts = texts_of(rows)
             was, now = look(before, texts), look(after, texts)
@@ -152,7 +150,7 @@ class FinetuningLab(Lab):
         both = {f"{arm}, {text} text": moved(arm, text) for arm in arms for text in ("new", "old")}
         charts = [points("Choices that change", "share of a token's experts that are others after tuning", both)]
         limits = [
-            "The new text is this package's own source code, read with a tokenizer made for the old one. Rates differ "
+            "The new text is worked sums, nothing like the old one and much simpler than any real task. Rates differ "
             "by method (in the recipe below), and how much is learned differs with them: a method that learns less "
             "also moves less. Routers are trained with all weights, and frozen with LoRA and ESFT: there routing moves "
             "because what reaches the routers does."
@@ -160,18 +158,25 @@ class FinetuningLab(Lab):
         return Finding(answer, [table, by_layer], charts, limits)
 
 
-def _code(job: Job) -> tuple[Path, Path]:
-    """The package's source as two files: to tune on, and held out from its end."""
-    files = [job.folder / f"{name}-{job.name}.txt" for name in ("learned", "kept")]
-    if not all(file.is_file() for file in files):
-        root = Path(str(resources.files("abyssal")))
-        text = "\n\n".join(file.read_text(encoding="utf-8") for file in sorted(root.rglob("*.py")))
-        text = text[: job.lab.settings["characters"]]
-        cut = int(len(text) * (1 - _HELD_OUT))
-        job.folder.mkdir(parents=True, exist_ok=True)
-        for file, part in zip(files, (text[:cut], text[cut:]), strict=True):
-            write_text(file, part)
-    return files[0], files[1]
+def _texts(job: Job) -> tuple[Path, str]:
+    """The new text: a file to tune on, and what is held out from its end."""
+    text = sums(job.lab.settings["sums"])
+    cut = text.index("\n", int(len(text) * (1 - _HELD_OUT))) + 1
+    job.folder.mkdir(parents=True, exist_ok=True)
+    file = job.folder / f"sums-{job.name}.txt"
+    write_text(file, text[:cut])
+    return file, text[cut:]
+
+
+def sums(count: int) -> str:
+    """So many lines of worked sums, always the same: text that is nothing like prose and comes with the package."""
+    chosen = random.Random(0)
+    lines = []
+    for _ in range(count):
+        a, b = chosen.randint(2, 99), chosen.randint(2, 99)
+        sign, result = chosen.choice([("+", a + b), ("-", a - b), ("*", a * b)])
+        lines.append(f"{a} {sign} {b} = {result}\n")
+    return "".join(lines)
 
 
 def _rows(tokenizer: Tokenizer, text: str, length: int, tokens: int) -> torch.Tensor:

@@ -20,8 +20,6 @@ class Specialisation(Lab):
         recipe = job.recipe()
         steps = recipe.training.steps
         at = sorted({round(share * steps) for share in job.lab.settings["at"]} | {steps})
-        place = job.folder / "snapshots" / f"{job.name}"
-        place.mkdir(parents=True, exist_ok=True)
 
         def keep(trainer: Trainer) -> None:
             """Losses and choices now; what they mean is worked out when all are there."""
@@ -33,9 +31,12 @@ class Specialisation(Lab):
             tensors |= {f"{layer}.weights": torch.from_numpy(found.weights) for layer, found in seen.items()}
             tensors["loss"] = token_losses(trainer.model, rows).mean().reshape(1)
             tensors["ids"] = torch.from_numpy(texts_of(rows).ids)
+            place = trainer.run.path / "looks"
+            place.mkdir(exist_ok=True)
             write_tensors(tensors, place / f"{trainer.done:06d}.safetensors")
 
-        job.train(recipe, pauses=at, at=keep, salt=f"watched {place.name} {at} {job.lab.settings['tokens']}")
+        salt = f"watched {at} {job.lab.settings['tokens']}"
+        place = job.train(recipe, pauses=at, at=keep, salt=salt) / "looks"
         return _figures(recipe.model_config_resolved().moe.n_routed_experts, at, place, recipe.training.sequence_length)  # type: ignore[union-attr]
 
     def conclude(self, results: Results) -> Finding:
