@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -64,7 +65,8 @@ def test_stopped_goes_on_where_it_was_and_comes_to_the_same(tmp_path):
     assert f"{len(kept)} of 6 jobs were done before" in said
     text = (out / "report.html").read_text()
     assert "abyssal lab precision training.steps=40" in text
-    assert "no difference" in text or "than with" in text
+    assert "all jobs were done before" in lab(*arguments).communicate(timeout=240)[0]
+    assert (out / "README.md").read_text().startswith("# Does training in FP8 lose anything against BF16?")
 
 
 def test_a_run_that_was_stopped_in_the_middle_is_the_run_that_was_not(tmp_path):
@@ -117,7 +119,9 @@ def test_figures_of_another_experiment_are_not_mixed_in(tmp_path):
     recipe = tiny("granularity")
     out = tmp_path / "granularity"
     (out / "figures").mkdir(parents=True)
-    (out / "lab.json").write_text(json.dumps({"recipe": json.loads(json.dumps(recipe.decisive()))}))
+    told = {"recipe": json.loads(json.dumps(recipe.decisive())), "abyssal": "1", "machine": {}}
+    (out / "lab.json").write_text(json.dumps(told))
+    (out / "figures" / "00-seed1.json").write_text("{}")
     other = tiny("granularity", changes={"training": {"steps": 9}})
     with pytest.raises(UserError, match=r"base.training.steps is 4 there, 9 here.*--overwrite") as raised:
         conduct(other, out)
@@ -127,11 +131,48 @@ def test_figures_of_another_experiment_are_not_mixed_in(tmp_path):
         conduct(other, out)
 
 
+def test_nothing_is_dropped_for_a_run_that_cannot_begin(tmp_path):
+    out = tmp_path / "granularity"
+    (out / "figures").mkdir(parents=True)
+    kept = out / "figures" / "00-seed1.json"
+    kept.write_text("{}")
+    (out / "lab.json").write_text("{}")
+    with pytest.raises(UserError, match=r"missing\.txt"):
+        conduct(tiny("granularity", changes={"data": {"source": "missing.txt"}}), out, overwrite=True)
+    short = tmp_path / "short.txt"
+    short.write_text("too short to train on")
+    with pytest.raises(UserError, match=r"tokens|characters"):
+        conduct(tiny("granularity", changes={"data": {"source": str(short)}}), out, overwrite=True)
+    assert kept.read_text() == "{}"
+    assert (out / "lab.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "said"),
+    [
+        ("ablation", {"lab": {"tokenz": 5}}, "lab.tokenz: no such key"),
+        ("ablation", {"lab": {"tokens": "abc"}}, "lab.tokens: 'abc'"),
+        ("ablation", {"model": {"moe": {"n_shared_experts": 0}}}, "expected both kinds"),
+        ("context", {"lab": {"factor": 0}}, "lab.factor: 0"),
+        ("context", {"lab": {"factor": 2.5}}, "lab.factor: 2.5"),
+        ("context", {"lab": {"factor": 64}}, "max_position_embeddings 512"),
+        ("dense", {"lab": {"against": "foo"}}, "'foo' is no arm; the arms: MoE"),
+        ("finetuning", {"lab": {"methods": {"LoRA": 3}}}, "lab.methods"),
+        ("balancing", {"lab": {"tokens": 5}}, "lab.tokens: no such key"),
+    ],
+)
+def test_settings_that_cannot_be_are_said_before_anything_is_made(tmp_path, name, changes, said):
+    with pytest.raises(UserError, match=re.escape(said)) as raised:
+        conduct(tiny(name, changes=changes), tmp_path / "out")
+    assert "\n" not in str(raised.value)
+    assert not list(tmp_path.iterdir())
+
+
 def test_folders_of_others_are_left_alone(tmp_path):
     (tmp_path / "thesis.txt").write_text("all there is")
     with pytest.raises(UserError, match="is no lab's folder"):
         conduct(tiny("granularity"), tmp_path)
-    with pytest.raises(UserError, match="a file; expected a folder"):
+    with pytest.raises(UserError, match="is a file; expected a folder"):
         conduct(tiny("granularity"), tmp_path / "thesis.txt")
     assert [file.name for file in tmp_path.iterdir()] == ["thesis.txt"]
 
@@ -143,7 +184,7 @@ def test_jobs_in_processes_and_more_seeds_later(tmp_path):
     results = conduct(recipe, out, jobs=2, watch=lambda done, of, what, seconds: told.append((done, of)))
     assert told == [(n, 8) for n in range(1, 9)]
     assert all(sorted(found) == [1, 2] for found in results.figures.values())
-    assert min(time_spent(out)) > 0
+    assert min(time_spent(recipe, out)) > 0
     assert machine_of(out)["device"] in ("cpu", "cuda")
     before = {file: file.stat().st_mtime_ns for file in (out / "figures").iterdir()}
     # A figure that was cut off is found out anew, from the run that is there.

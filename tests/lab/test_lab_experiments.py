@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -57,6 +58,40 @@ def test_runs_and_reports(name, tmp_path):
     assert json.loads(files[2].read_text())["lab"] == name
 
 
+def test_figures_are_the_models_own_after_another_was_trained(tmp_path):
+    """The same experiment, another, the same again: looks, texts and tuned models of the other are not taken for it."""
+    for name in ("specialisation", "context", "finetuning"):
+        found = []
+        for rate in (0.002, 0.05, 0.002):
+            recipe = tiny(name, changes={"optimizer": {"lr": rate}})
+            arm = list(recipe.arms)[2 if name == "context" else 0]
+            job = Job(recipe, arm, 1, tmp_path / name, tmp_path / "models")
+            if lab_of(name).has_common:
+                lab_of(name).common(job)
+            found.append(lab_of(name).run(job))
+        assert found[0] == found[2], name
+        assert found[0] != found[1], name
+
+
+def test_a_second_folder_beside_the_first_finds_the_same(tmp_path):
+    recipe = tiny("specialisation")
+    jobs = [Job(recipe, "bias balancing", 1, tmp_path / folder, tmp_path / "models") for folder in "ab"]
+    first = lab_of("specialisation").run(jobs[0])
+    shutil.rmtree(tmp_path / "a", ignore_errors=True)
+    assert lab_of("specialisation").run(jobs[1]) == first
+
+
+def test_text_that_has_changed_is_trained_on_anew(tmp_path):
+    text = tmp_path / "text.txt"
+    losses = []
+    for words in ("the sea is deep and dark ", "small fish swim in wide slow circles "):
+        text.write_text(words * 2000)
+        recipe = tiny("ablation", changes={"data": {"source": str(text), "cache": str(tmp_path / "cache")}})
+        job = Job(recipe, "bias balancing", 1, tmp_path / "a", tmp_path / "models")
+        losses.append(job.train(job.recipe()))
+    assert losses[0] != losses[1]
+
+
 def made_up(name: str, values: dict[str, dict[str, float]], noise: float = 0.001) -> Results:
     """Results in which an arm's figures are the given ones, with a little noise by seed."""
     recipe = read_lab(name)
@@ -92,7 +127,7 @@ def test_granularity_names_the_steps_that_help():
             one |= {"parameters": 10, "active": 5}
     said = " ".join(lab_of("granularity").conclude(results).answer)
     assert f"lower with {arms[-1]} than with {arms[0]}" in said
-    assert f"{arms[0]} → {arms[1]}; {arms[1]} → {arms[2]}." in said
+    assert f"{arms[0]} → {arms[1]}; {arms[1]} → {arms[2]}; it rises clearly for: none." in said
 
 
 def test_balancing_tells_what_costs_loss():

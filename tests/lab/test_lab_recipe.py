@@ -15,7 +15,7 @@ def test_every_experiment_can_be_read_at_every_size(name, size):
     assert recipe.seeds == 3
     assert recipe.question.endswith("?")
     assert question_of(name) == recipe.question
-    assert lab_of(name) is lab_of(name)
+    lab_of(name).check(recipe)
     for arm in recipe.arms:
         assert recipe.recipe(arm, 7).training.seed == 7
 
@@ -62,7 +62,7 @@ def test_changes_reach_the_recipe_and_the_settings():
     [
         ({"name": "balancin"}, "did you mean 'balancing'.*known: ablation, balancing"),
         ({"name": "balancing", "size": "huge"}, "--size: 'huge' is not one of cpu, gpu"),
-        ({"name": "balancing", "seeds": 1}, "seeds: 1"),
+        ({"name": "balancing", "seeds": 1}, "--seeds: 1 is not valid; expected a whole number from 2"),
         ({"name": "balancing", "changes": {"training": {"stepps": 3}}}, "training.stepps: no such key"),
         ({"name": "balancing", "changes": {"lab": 3}}, "lab: 3 is not valid"),
         ({"name": "balancing", "changes": {"model": {"moe": None}}}, "has no experts"),

@@ -52,6 +52,15 @@ def test_a_report_is_written_over_its_own_and_over_nothing_else(tmp_path):
         check_place(other / "README.md", "dense")
 
 
+def test_charts_of_others_stay(tmp_path):
+    (tmp_path / "chart-mine.svg").write_text("mine")
+    (tmp_path / "chart-7.svg").write_text("mine too")
+    one(tmp_path)
+    assert (tmp_path / "chart-7.svg").read_text() == "mine too"
+    one(tmp_path)
+    assert (tmp_path / "chart-mine.svg").read_text() == "mine"
+
+
 def test_charts_are_svg_that_takes_the_colour_of_its_page():
     charts = [
         points("P", "nats", {"A & B": [1.0, 2.0], "C": [2.0, 2.5]}),

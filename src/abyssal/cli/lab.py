@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import signal
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -18,7 +20,9 @@ def lab_command(
         list[str] | None,
         typer.Argument(help="Changes of its training recipe: key.subkey=value …; of its own settings: lab.key=value."),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Its folder. Default: runs/lab/NAME.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Its folder; what is trained goes to models/ beside it. Default: runs/lab/NAME.")
+    ] = None,
     report: Annotated[
         Path | None, typer.Option(help="Where the report goes: a folder. Default: the experiment's own.")
     ] = None,
@@ -27,7 +31,12 @@ def lab_command(
         int | None, typer.Option(help="How many seeds. Default: 3. More later continue where 3 ended.")
     ] = None,
     jobs: Annotated[int | None, typer.Option(help="Jobs at a time. Default: one a core; on a GPU one.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Drop the figures that are there.")] = False,
+    overwrite: Annotated[
+        bool,
+        typer.Option(
+            "--overwrite", help="Drop the figures that are there (what was trained is used again where it fits)."
+        ),
+    ] = False,
     print_config: Annotated[bool, typer.Option("--print-config", help="Show what would run, and stop.")] = False,
     open_: Annotated[bool, typer.Option("--open", help="Open the report in the browser.")] = False,
 ) -> None:
@@ -50,21 +59,27 @@ def lab_command(
 
         print(yaml.safe_dump(recipe.model_dump(), sort_keys=False, allow_unicode=True, width=100), end="")
         return
-    from abyssal.lab.conduct import conduct, machine_of, time_spent
+    from abyssal.lab.conduct import check_folder, conduct, machine_of, time_spent
     from abyssal.lab.experiments import lab_of
     from abyssal.lab.report import PAGE, check_place, write_report
+    from abyssal.training.hardware import resolve_device
 
     folder = out or Path("runs/lab") / name
     place = report or folder
+    check_folder(folder)
+    lab_of(name).check(recipe)
     check_place(place, name, "--out" if report is None else "--report")
     say(f"{recipe.question}\n{len(recipe.arms)} arms, {recipe.seeds} seeds; folder {folder}")
+    if size == "gpu" and resolve_device(str(recipe.base["training"].get("device", "auto"))).type == "cpu":
+        say("no GPU here: at this size one job takes many hours")
+    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))  # stops as Ctrl-C does
     try:
         results = conduct(recipe, folder, jobs=jobs, overwrite=overwrite, watch=_watcher())
     except KeyboardInterrupt:
         say(f"stopped; what is done is in {folder}; the same command goes on")
         raise typer.Exit(130) from None
     finding = lab_of(name).conclude(results)
-    asked = " ".join(["abyssal lab", name, *(changes or [])])
+    asked = shlex.join(["abyssal", "lab", name, *(changes or [])])
     asked += "".join(
         f" --{key} {value}" for key, value in (("size", size), ("seeds", seeds)) if value not in (None, "cpu")
     )
@@ -74,7 +89,7 @@ def lab_command(
         place,
         command=asked,
         machine=machine_of(folder),
-        spent=time_spent(folder),
+        spent=time_spent(recipe, folder),
     )
     say("")
     for sentence in finding.answer:
@@ -92,17 +107,21 @@ def _watcher() -> Watcher:
     from abyssal.cli.show import duration, say
 
     began = time.monotonic()
-    before = 0
+    before, told = 0, list[int]()
 
     def watch(done: int, of: int, what: str, seconds: float) -> None:
         nonlocal before
         if seconds == 0:
             before += 1
+            if done == of:
+                say("all jobs were done before")
             return
-        if before and done == before + 1:
-            say(f"{before} of {of} jobs were done before")
         left = (time.monotonic() - began) / (done - before) * (of - done)
-        rest = f"; about {duration(left)} left" if done < of else ""
+        # The first jobs side by side all count as one while the others of them still run.
+        rest = f"; about {duration(left)} left" if before + 3 <= done < of else ""
+        if before and not told:
+            told.append(before)
+            say(f"{before} of {of} jobs were done before")
         say(f"{done:>3}/{of}  {what}: {duration(seconds)}{rest}")
 
     return watch

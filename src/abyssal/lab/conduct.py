@@ -20,10 +20,10 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
 from importlib.metadata import version
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,8 @@ from abyssal.lab.experiment import Job, Results, Stopped
 from abyssal.lab.experiments import lab_of
 from abyssal.lab.recipe import LabRecipe
 from abyssal.training.hardware import describe, resolve_device, resolve_dtype
+from abyssal.training.prepare import load_tokenizer, open_data
+from abyssal.training.trainer import build_loader
 
 MANIFEST = "lab.json"
 
@@ -61,12 +63,11 @@ def conduct(
     device = resolve_device(str(recipe.base["training"].get("device", "auto")))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     jobs = jobs or (cores if device.type == "cpu" else 1)
+    check_folder(folder)
+    lab_of(recipe.name).check(recipe)
+    _check_data(recipe)
     _claim(recipe, folder, overwrite)
-    everything = [Job(recipe, None, seed, folder, folder.parent / "models") for seed in _seeds(recipe)]
-    arms = [Job(recipe, arm, seed, folder, folder.parent / "models") for seed in _seeds(recipe) for arm in recipe.arms]
-    if not lab_of(recipe.name).has_common:
-        everything = []
-    phases = [everything, arms]
+    phases = _phases(recipe, folder)
     of = sum(len(phase) for phase in phases)
     done = 0
     for phase in phases:
@@ -79,7 +80,7 @@ def conduct(
             done += 1
             watch(done, of, _called(job), seconds)
     figures: dict[str, dict[int, Any]] = {arm: {} for arm in recipe.arms}
-    for job in arms:
+    for job in phases[-1]:
         found = _kept(job)
         assert found is not None
         assert job.arm is not None
@@ -87,32 +88,57 @@ def conduct(
     return Results(recipe, figures)
 
 
-def time_spent(folder: Path) -> tuple[float, float]:
-    """Seconds that all jobs took together: of a processor, and by the clock (of jobs side by side each counts)."""
-    jobs = [json.loads(file.read_text(encoding="utf-8")) for file in sorted((folder / "figures").glob("*.json"))]
-    return sum(float(job["processor"]) for job in jobs), sum(float(job["seconds"]) for job in jobs)
+def time_spent(recipe: LabRecipe, folder: Path) -> tuple[float, float]:
+    """Seconds that the jobs took together: of a processor, and by the clock (of jobs side by side each counts)."""
+    found = [_kept(job) for phase in _phases(recipe, folder) for job in phase]
+    kept = [one for one in found if one is not None]
+    return sum(float(one["processor"]) for one in kept), sum(float(one["seconds"]) for one in kept)
 
 
-def _seeds(recipe: LabRecipe) -> range:
-    return range(1, recipe.seeds + 1)
+def _phases(recipe: LabRecipe, folder: Path) -> list[list[Job]]:
+    """What the arms of each seed have in common, then the arms, seed by seed."""
+    models, seeds = folder.parent / "models", range(1, recipe.seeds + 1)
+    common = [Job(recipe, None, seed, folder, models) for seed in seeds] if lab_of(recipe.name).has_common else []
+    return [common, [Job(recipe, arm, seed, folder, models) for seed in seeds for arm in recipe.arms]]
+
+
+def _check_data(recipe: LabRecipe) -> None:
+    """Raises UserError for text that cannot be read or is too short, while nothing is made or dropped yet. What is
+    tokenised here is there for all jobs."""
+    seen = set()
+    for arm in recipe.arms:
+        one = recipe.recipe(arm, 1)
+        config = one.model_config_resolved()
+        what = (one.data.model_dump_json(), config.vocab_size, one.training.sequence_length, one.training.batch_size)
+        if what in seen:
+            continue
+        seen.add(what)
+        train, _ = open_data(one.data, load_tokenizer(one.data, config.vocab_size))
+        build_loader(one, config, train)
 
 
 def _called(job: Job) -> str:
     return f"seed {job.seed}, {'what its arms have in common' if job.arm is None else job.arm}"
 
 
+def check_folder(folder: Path) -> None:
+    """Raises UserError where ``folder`` is something else than an experiment's."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--out: {folder} is a file; expected a folder, or a place where one can be made")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
+        raise UserError(f"--out: {folder}: exists and is no lab's folder; choose another")
+
+
 def _claim(recipe: LabRecipe, folder: Path, overwrite: bool) -> None:
     file = folder / MANIFEST
     wanted = json.loads(json.dumps(recipe.decisive()))
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder}: a file; expected a folder, or a place where one can be made")
-    if folder.is_dir() and any(folder.iterdir()) and not file.is_file():
-        raise UserError(f"{folder}: exists and is no lab's folder; choose another with --out")
-    if file.is_file():
+    figures = list((folder / "figures").glob("*.json"))
+    if figures and file.is_file():  # without any the folder is anybody's
         try:
             stored = json.loads(file.read_text(encoding="utf-8"))
             there = stored["recipe"]
-        except (ValueError, KeyError, TypeError):
+            machine_of(folder)
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise UserError(f"{file}: damaged; begin anew with --overwrite, or choose another folder") from None
         if there == wanted and not overwrite:
             return
@@ -121,7 +147,7 @@ def _claim(recipe: LabRecipe, folder: Path, overwrite: bool) -> None:
                 f"{folder}: holds figures of another experiment: {_first_difference(there, wanted)}; "
                 "choose another folder with --out, or replace them with --overwrite"
             )
-        for old in (folder / "figures").glob("*.json"):
+        for old in figures:
             old.unlink()
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "figures").mkdir(exist_ok=True)
@@ -156,21 +182,23 @@ def _kept(job: Job) -> dict[str, Any] | None:
         return None
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-        return found if {"figures", "seconds", "processor"} <= found.keys() else None
-    except (ValueError, AttributeError):
+        float(found["seconds"]), float(found["processor"])
+        return found if "figures" in found else None
+    except (ValueError, TypeError, KeyError):
         return None  # cut off, or somebody's edit: it is found out anew
 
 
 def _run_all(todo: list[Job], jobs: int, threads: int) -> Iterator[tuple[Job, float]]:
     if not todo:
         return
-    os.environ["OMP_NUM_THREADS"] = str(threads)  # what the jobs' processes begin with
     context = get_context("spawn")  # a fork would copy torch's threads, which do not survive it
     stop = context.Event()
     pool = ProcessPoolExecutor(min(jobs, len(todo)), context, initializer=_begin, initargs=(stop, threads))
     try:
-        with _stopping(stop):
-            running: dict[Future[float], Job] = {pool.submit(_run, job): job for job in todo}
+        with _stopping(stop) as begun:
+            running: dict[Future[float], Job] = {}
+            with begun(threads):
+                running |= {pool.submit(_run, job): job for job in todo}
             while running:
                 ended, _ = wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
                 if stop.is_set():
@@ -189,19 +217,39 @@ def _run_all(todo: list[Job], jobs: int, threads: int) -> Iterator[tuple[Job, fl
 
 
 @contextmanager
-def _stopping(stop: Any) -> Iterator[None]:
-    """Ctrl-C and SIGTERM ask the jobs to save and stop; a second Ctrl-C does not wait for them."""
+def _stopping(stop: Any) -> Iterator[Callable[[int], AbstractContextManager[None]]]:
+    """Ctrl-C and SIGTERM ask the jobs to save and stop; a second Ctrl-C does not wait for them. What is yielded is for
+    starting the jobs' processes in: they have so many threads from their first import on, and leave Ctrl-C, which
+    reaches the whole group, to this one."""
     before: dict[int, Any] = {}
 
     def asked(number: int, _: Any) -> None:
         if stop.is_set() and number == signal.SIGINT:
+            for child in active_children():
+                child.kill()
             os._exit(130)
         stop.set()
+
+    @contextmanager
+    def begun(threads: int) -> Iterator[None]:
+        kept = os.environ.get("OMP_NUM_THREADS")
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+        with suppress(ValueError):
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a process begins with what its parent ignores
+        try:
+            yield
+        finally:
+            if kept is None:
+                del os.environ["OMP_NUM_THREADS"]
+            else:
+                os.environ["OMP_NUM_THREADS"] = kept
+            with suppress(ValueError):
+                signal.signal(signal.SIGINT, asked)
 
     with suppress(ValueError):  # not the main thread: its owner sees to signals
         before = {number: signal.signal(number, asked) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield
+        yield begun
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -213,7 +261,8 @@ _stop: Any = None  # of the process of a job
 def _begin(stop: Any, threads: int) -> None:
     global _stop
     _stop = stop
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the first process tells the others
+    for number in (signal.SIGINT, signal.SIGTERM):  # they reach the whole group; the first process tells the others
+        signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(threads)
 
 

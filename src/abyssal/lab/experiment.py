@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from abyssal.checkpoint.run import MANIFEST, Run
+from abyssal.config import Config, parse
 from abyssal.data.corpus import corpus_fingerprint
 from abyssal.lab.charts import Chart
 from abyssal.lab.recipe import LabRecipe
@@ -155,10 +156,19 @@ class Finding:
     limits: list[str] = field(default_factory=list)
 
 
-class Lab(ABC):
-    """How an experiment is run, and what is concluded."""
+class NoSettings(Config):
+    """For experiments that have nothing to settle."""
 
+
+class Lab(ABC):
+    """How an experiment is run, and what is concluded. ``settings`` says what its recipe may settle."""
+
+    settings: type[Config] = NoSettings
     has_common = False
+
+    def check(self, recipe: LabRecipe) -> None:
+        """Raises UserError for settings, and changes of the training recipe, that the experiment cannot be run with."""
+        parse(self.settings, recipe.settings, f"lab {recipe.name}: lab")
 
     def common(self, job: Job) -> None:
         """What a seed's arms have in common, done before them where :attr:`has_common` says so."""

@@ -14,6 +14,7 @@ from abyssal.training.recipe import Recipe, check
 
 BASE = "base"
 DEFAULT = "cpu"
+MOST_SEEDS = 100
 
 
 class LabRecipe(Config):
@@ -23,7 +24,7 @@ class LabRecipe(Config):
     name: str
     question: str
     size: str
-    seeds: int = Field(default=3, ge=2, le=100)
+    seeds: int = Field(default=3, ge=2, le=MOST_SEEDS)
     base: dict[str, Any]
     arms: dict[str, dict[str, Any]] = Field(min_length=1)
     settings: dict[str, Any] = Field(default_factory=dict)
@@ -66,6 +67,8 @@ def read_lab(
     sizes = [DEFAULT, *base.get("sizes", {})]
     if size not in sizes:
         raise UserError(f"--size: {size!r} is not one of {', '.join(sizes)}")
+    if seeds is not None and not 2 <= seeds <= MOST_SEEDS:
+        raise UserError(f"--seeds: {seeds} is not valid; expected a whole number from 2 to {MOST_SEEDS}")
     changes = dict(changes or {})
     settings = changes.pop("lab", {})
     if not isinstance(settings, dict):

@@ -40,8 +40,9 @@ def write_report(
         "recipe": results.lab.model_dump(),
         "figures": results.figures,
     }
-    for old in folder.glob("chart-*.svg"):
-        old.unlink()
+    if (folder / PAGE).exists():  # ours, and so its charts
+        for old in folder.glob("chart-[0-9]*.svg"):
+            old.unlink()
     files = {
         folder / PAGE: _page(results, finding, command, machine, spent),
         folder / MARKDOWN: _markdown(results, finding, command, machine, spent),
@@ -156,10 +157,12 @@ def _rows(table: Table) -> Iterator[str]:
 def _always(results: Results) -> list[str]:
     seeds = results.lab.seeds
     return [
-        f"Small models, little text, {seeds} seeds: what holds at this size need not hold at another. ± is one "
-        "standard deviation over seeds; arms are compared seed by seed, and are said to differ where the 95% interval "
+        f"Small models, little text, {seeds} seeds: what holds at this size need not hold at another. ±, bars and "
+        "bands are one standard deviation over seeds; arms are compared seed by seed, and are said to differ where the "
+        "95% interval "
         f"of their difference (Student's t, degrees of freedom: {seeds - 1}) leaves out 0. Intervals are not corrected "
-        "for their number."
+        "for their number, and where the largest is compared with the smallest, the same figures have chosen them, "
+        "which makes a difference look clearer than it is."
     ]
 
 
@@ -168,6 +171,6 @@ def _made(machine: dict[str, Any], spent: tuple[float, float]) -> list[tuple[str
     minutes = (
         f"{busy / 60:.0f} minutes of one core in all (by the clock {clock / 60:.0f}, jobs side by side each counted)"
     )
-    shown = ("device_name", "dtype", "cores", "abyssal", "torch", "python")
+    shown = ("device_name", "cores", "abyssal", "torch", "python")
     named = [(name.replace("_", " "), str(machine[name])) for name in shown if machine.get(name) is not None]
     return [("time", minutes), *named]

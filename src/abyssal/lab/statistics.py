@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-# Two-sided 95% quantiles for 1, 2, … degrees of freedom; beyond them the normal distribution's is within 2%.
+# Two-sided 95% quantiles for 1, 2, … degrees of freedom; beyond them the normal distribution's, 4% less at most.
 _T: tuple[float, ...] = (
     12.706,
     4.303,
@@ -109,8 +109,9 @@ def against(
     """A sentence on ``second`` beside ``first``, each a name and its values: how ``what`` differs, or that these seeds
     show no difference. ``words`` say that the second's is more, and less."""
     found = difference(first[1], second[1])
+    said = found.clear and float(f"{abs(found.mean):.{digits}f}") > 0  # what is 0 as printed is no difference
     numbers = f"{mean(second[1]):.{digits}f} against {mean(first[1]):.{digits}f}".replace("-", "−")
-    if not found.clear:
+    if not said:
         return (
             f"{what}: no difference between {second[0]} and {first[0]} that {found.seeds} seeds show "
             f"({numbers}; difference {signed(found.mean, digits)}, 95% interval {found.interval(digits)})."

@@ -6,22 +6,42 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
+from pydantic import PositiveInt
 from torch import Tensor
 
+from abyssal.config import Config
+from abyssal.errors import UserError
 from abyssal.lab.charts import heat, points
 from abyssal.lab.experiment import Figures, Finding, Job, Lab, Results, Table
 from abyssal.lab.measure import CLASSES, held_out, token_classes, token_losses, windows
+from abyssal.lab.recipe import LabRecipe
 from abyssal.lab.statistics import against, change, difference, mean, spread
 from abyssal.loading import load
 from abyssal.model import Transformer
 from abyssal.model.moe import MoE
 
 ROUTED, SHARED = "all routed experts", "the shared experts"
+KINDS = ("routed", "shared")
+
+
+class Settings(Config):
+    """``tokens``: how many held-out tokens are looked at."""
+
+    tokens: PositiveInt
 
 
 class Ablation(Lab):
+    settings = Settings
+
+    def check(self, recipe: LabRecipe) -> None:
+        super().check(recipe)
+        config = recipe.recipe(None, 1).model_config_resolved()
+        if config.moe is None or not config.moe.n_shared_experts:
+            raise UserError(
+                f"lab {recipe.name}: model.moe.n_shared_experts: 0 or no experts at all; expected both kinds"
+            )
+
     def run(self, job: Job) -> Figures:
         recipe = job.recipe()
         model, tokenizer = load(job.train(recipe))
@@ -104,14 +124,22 @@ class Ablation(Lab):
             )
             + f" The routed expert that is missed most adds {spread(largest, 3)} nats."
         )
-        selective = [_selectivity(w, found) for w, found in zip(whole, singles, strict=True)]
-        answer.append(
-            f"A routed expert is missed by some classes more than by others: of the loss that taking it away adds, "
-            f"{spread([one[0] for one in selective], 2)} falls on the one class that it adds most to, against "
-            f"{spread([one[1] for one in selective], 2)} for the shared expert of a layer; the commonest class has "
-            f"{max(mean(column) for column in zip(*results.of(arm, 'shares'), strict=True)):.2f} of all tokens."
-        )
         shares = results.of(arm, "shares")
+        common = [mean(column) for column in zip(*shares, strict=True)]
+        falls = {
+            kind: [_shares_of_loss(w, f, common, kind) for w, f in zip(whole, singles, strict=True)] for kind in KINDS
+        }
+        largest_class = max(common)
+        answer.append(
+            f"Of the loss that taking away one expert adds, {spread(falls['routed'], 2)} falls on a single class of "
+            f"tokens with a routed expert, and {spread(falls['shared'], 2)} with a shared one (evenly spread over "
+            f"tokens it would be {largest_class:.2f}, the share of the commonest class). "
+            + against(
+                "The share that falls on one class",
+                ("a shared expert", falls["shared"]),
+                ("a routed one", falls["routed"]),
+            )
+        )
         rows = []
         for i, kind in enumerate(("all tokens", *classes)):
             rows.append(
@@ -148,21 +176,22 @@ class Ablation(Lab):
             )
         limits = [
             "An expert is taken away by making its output 0, without training on: what is measured is what the model "
-            "rests on, not what it could not learn without. The routers go on choosing it."
+            "rests on, not what it could not learn without. The routers go on choosing it.",
+            "A shared expert works on every token, a routed one on a part of them, so that one of it has less to add.",
         ]
         return Finding(answer, [table], charts, limits)
 
 
-def _selectivity(whole: list[float], singles: dict[str, dict[str, Any]]) -> tuple[float, float]:
-    """The largest class's share of the added loss, over classes as if all were as common: mean over routed experts, and
-    over shared ones."""
-
-    def share(found: list[float]) -> float:
-        added = np.maximum([b - a for a, b in zip(whole[1:], found[1:], strict=True)], 0)
-        return float(added.max() / added.sum()) if added.sum() > 0 else 0.0
-
-    routed = [share(one) for layer in singles.values() for one in layer["routed"]]
-    return mean(routed), mean([share(layer["shared"]) for layer in singles.values()])
+def _shares_of_loss(whole: list[float], singles: dict[str, Any], common: list[float], kind: str) -> float:
+    """Of the loss that taking away one expert adds to the tokens of the classes that it adds to, the share of the class
+    with the most of it; the mean over experts of a ``kind``, weighted by what they add."""
+    most, all_of_it = [], []
+    for layer in singles.values():
+        for found in layer["routed"] if kind == "routed" else [layer["shared"]]:
+            added = [max(b - a, 0.0) * c for a, b, c in zip(whole[1:], found[1:], common, strict=True)]
+            most.append(max(added))
+            all_of_it.append(sum(added))
+    return sum(most) / sum(all_of_it) if sum(all_of_it) > 0 else 0.0
 
 
 def _layers(model: Transformer) -> dict[int, MoE]:

@@ -75,9 +75,10 @@ class Balancing(Lab):
             points("Loss at the end", "validation loss, nats a token", loss),
         ]
         limits = [
-            "γ falls along a cosine to 0 at the run's end (the V3 paper: constant, then 0), and hundreds of steps ask "
-            "for a larger one than a million do. What balance is worth when experts lie on many GPUs, which is why it "
-            "is wanted, is not measured here."
+            "The sequence-wise loss is the stricter of the two kinds: every sequence has to be even. γ falls along a "
+            "cosine to 0 at the run's end (the V3 paper: constant, then 0), and hundreds of steps ask for a larger one "
+            "than a million do. What balance is worth when experts lie on many GPUs, which is why it is wanted, is not "
+            "measured here."
         ]
         return Finding(answer, [table], charts, limits)
 

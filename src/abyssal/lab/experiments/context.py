@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from itertools import pairwise
 from pathlib import Path
+from typing import Annotated
 
 import torch
+from pydantic import Field, PositiveFloat, PositiveInt
 
 from abyssal.checkpoint import write_text
-from abyssal.config import ModelConfig, YarnConfig
+from abyssal.config import Config, ModelConfig, YarnConfig
 from abyssal.data.shards import train_split
+from abyssal.errors import UserError
 from abyssal.exporting import export
 from abyssal.lab.charts import curves
 from abyssal.lab.experiment import Figures, Finding, Job, Lab, Results, Table
 from abyssal.lab.measure import held_out, token_losses, windows
+from abyssal.lab.recipe import LabRecipe
 from abyssal.lab.statistics import against, spread
 from abyssal.loading import load
 from abyssal.model import Transformer
@@ -23,8 +27,29 @@ from abyssal.tuning.start import TUNE
 AS_TRAINED, YARN, YARN_ON, PLAIN_ON = "as trained", "YaRN", "YaRN, trained on", "no YaRN, trained on"
 
 
+class Settings(Config):
+    """``factor``: how many times as long the windows get; ``steps`` of further training at ``rate``; ``tokens`` of
+    held-out text to judge by."""
+
+    factor: Annotated[int, Field(ge=2, le=1024)]
+    steps: PositiveInt
+    rate: PositiveFloat
+    tokens: PositiveInt
+
+
 class ContextLab(Lab):
+    settings = Settings
     has_common = True
+
+    def check(self, recipe: LabRecipe) -> None:
+        super().check(recipe)
+        base, factor = recipe.recipe(None, 1), recipe.settings["factor"]
+        config, long = base.model_config_resolved(), base.training.sequence_length * factor
+        if long > config.max_position_embeddings:
+            raise UserError(
+                f"lab {recipe.name}: lab.factor: {factor} times {base.training.sequence_length} tokens are more than "
+                f"the model's max_position_embeddings {config.max_position_embeddings}"
+            )
 
     def common(self, job: Job) -> None:
         job.train(job.base())
@@ -72,6 +97,8 @@ class ContextLab(Lab):
             )
             model, _ = load(tuned)
         shards = held_out(recipe, tokenizer)
+        if len(shards) <= long:
+            raise UserError(f"data: {len(shards)} held-out tokens; windows of {long} need more text")
         rows = windows(shards, long, settings["tokens"])
         losses = token_losses(model, rows)
         by_position = losses.mean(0)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from math import exp
 from pathlib import Path
+from typing import Any
 
-from abyssal.config import merge
+from pydantic import PositiveInt
+
+from abyssal.config import Config, merge
 from abyssal.data.shards import train_split
 from abyssal.lab.charts import curves
 from abyssal.lab.experiment import Figures, Finding, Job, Lab, Results, Table
 from abyssal.lab.measure import held_out, token_losses, windows
-from abyssal.lab.statistics import change, mean, spread
+from abyssal.lab.statistics import against, change, mean, spread
 from abyssal.loading import load
 from abyssal.training.recipe import Recipe
 from abyssal.upcycling import Settings, read_dense
@@ -19,7 +23,18 @@ from abyssal.upcycling.conversion import Conversion
 _HELD_OUT = 8
 
 
+class ConversionSettings(Config):
+    """``model``: what is changed in the model to make it dense with MHA; ``windows`` of the training text to convert
+    by, ``fit`` steps for each layer (docs/upcycling.md), ``tokens`` of held-out text to judge by."""
+
+    model: dict[str, Any]
+    windows: PositiveInt
+    fit: PositiveInt
+    tokens: PositiveInt
+
+
 class ConversionLab(Lab):
+    settings = ConversionSettings
     has_common = True
 
     def common(self, job: Job) -> None:
@@ -75,17 +90,17 @@ class ConversionLab(Lab):
         if good:
             smallest = min(good, key=int)
             answer.append(
-                f"The smallest cache with a mean cosine above 0.95 between the layers' outputs is {smallest} values, "
+                f"The smallest cache with a mean cosine above 0.95 between the attention outputs is {smallest} values, "
                 f"{before / int(smallest):.1f} times smaller ({spread(cosine[smallest], 3)}; loss "
                 f"{change(added[smallest], 3)} nats, perplexity × {_ratio(added[smallest])})."
             )
         else:
-            answer.append("No size has a mean cosine above 0.95 between the layers' outputs.")
-        helped = mean(
-            [mean(results.of(arm, "cosine", last)) - mean(results.of(arm, "cosine", "norm in")) for arm in arms]
-        )
+            answer.append("No size has a mean cosine above 0.95 between the attention outputs.")
         if last == "fitted":
-            answer.append(f"Fitting each layer to the dense one's output raises the cosine by {helped:.3f} on average.")
+            unfitted = [mean(one) for one in zip(*(results.of(arm, "cosine", "norm in") for arm in arms), strict=True)]
+            fitted = [mean(one) for one in zip(*(cosine[arm] for arm in arms), strict=True)]
+            pair = ("the conversion alone", unfitted), ("each layer fitted", fitted)
+            answer.append(against("Cosine, mean over sizes", *pair, digits=4))
         table = Table(
             "By the values that a token and layer cache",
             [
@@ -111,7 +126,7 @@ class ConversionLab(Lab):
         seeds = range(len(results.of(arms[0], "loss")))
         charts = [
             curves(
-                "Cosine of the layers' outputs",
+                "Cosine of the attention outputs, dense and converted, for the dense model's inputs",
                 cached,
                 {stage: [[results.of(arm, "cosine", stage)[s] for arm in arms] for s in seeds] for stage in stages},
                 across="cached values a token and layer",
@@ -140,8 +155,6 @@ class ConversionLab(Lab):
 
 
 def _ratio(added: list[float]) -> str:
-    from math import exp
-
     return spread([exp(value) for value in added], 2)
 
 

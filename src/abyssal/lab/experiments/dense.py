@@ -6,21 +6,44 @@ import json
 import shutil
 from pathlib import Path
 from statistics import median
+from typing import Annotated
+
+from pydantic import Field
 
 from abyssal.analysis.flops import count_flops
 from abyssal.analysis.parameters import count_parameters
 from abyssal.checkpoint import write_text
 from abyssal.checkpoint.run import read_metrics
+from abyssal.config import Config
+from abyssal.errors import UserError
 from abyssal.lab.charts import points
 from abyssal.lab.experiment import Figures, Finding, Job, Lab, Results, Table
 from abyssal.lab.measure import run_figures
+from abyssal.lab.recipe import LabRecipe
 from abyssal.lab.statistics import against, mean, spread
 from abyssal.training.start import start
 from abyssal.training.trainer import Trainer
 
 
+class Settings(Config):
+    """``timed``: arms that train for as many steps as fit into the time of ``against``. A step's time is measured in
+    turn: ``rounds`` times ``steps_a_round`` steps of each; the first round does not count."""
+
+    timed: list[str]
+    against: str
+    rounds: Annotated[int, Field(ge=2, le=1000)]
+    steps_a_round: Annotated[int, Field(ge=1, le=1000)]
+
+
 class Dense(Lab):
+    settings = Settings
     has_common = True
+
+    def check(self, recipe: LabRecipe) -> None:
+        super().check(recipe)
+        for arm in (recipe.settings["against"], *recipe.settings["timed"]):
+            if arm not in recipe.arms:
+                raise UserError(f"lab {recipe.name}: lab: {arm!r} is no arm; the arms: {'; '.join(recipe.arms)}")
 
     def common(self, job: Job) -> None:
         """How long a step of each arm takes, measured in turn: ``rounds`` times some steps of one, then of the next."""
@@ -53,6 +76,8 @@ class Dense(Lab):
         recipe = job.recipe()
         ratio = None
         if job.arm in settings["timed"]:
+            if not _pace_file(job).is_file():
+                self.common(job)
             pace = json.loads(_pace_file(job).read_text(encoding="utf-8"))
             ratio = pace[settings["against"]] / pace[job.arm]
             recipe = job.recipe({"training": {"steps": max(round(recipe.training.steps * ratio), 1)}})
@@ -91,8 +116,10 @@ class Dense(Lab):
         )
         charts = [points("Loss at the end", "validation loss, nats a token", loss)]
         limits = [
-            "Time is that of this machine and of this package's steps: small experts keep a CPU less busy than one "
-            "wide matrix does, and a GPU still less. A longer schedule also sees more of the text again."
+            "One learning rate for all. Time is that of this machine and of this package's steps: small experts keep a "
+            "CPU less busy than one wide matrix does, and a GPU still less. It is measured while other jobs run, so "
+            "that the timed arms' steps do not come out the same again. A longer schedule also sees more of the text "
+            "again."
         ]
         return Finding(answer, [table], charts, limits)
 

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field, PositiveInt
 
 from abyssal.analysis.lens import look
 from abyssal.analysis.specialisation import drift
 from abyssal.checkpoint import write_text
-from abyssal.config import merge
+from abyssal.config import Config, merge
 from abyssal.data.tokenizer import Tokenizer
+from abyssal.errors import UserError
 from abyssal.lab.charts import points
 from abyssal.lab.experiment import Figures, Finding, Job, Lab, Results, Table
 from abyssal.lab.measure import held_out, texts_of, token_losses, windows
+from abyssal.lab.recipe import LabRecipe
 from abyssal.lab.statistics import against, change, difference, mean, spread
 from abyssal.loading import load
 from abyssal.tuning.recipe import build_recipe
@@ -23,8 +27,27 @@ from abyssal.tuning.start import TUNE
 _HELD_OUT = 0.2
 
 
+class Settings(Config):
+    """``sums``: lines of the new text; ``steps`` of tuning; ``tokens`` of held-out text to judge by; ``methods``: by
+    arm, what it changes in a tuning recipe."""
+
+    sums: Annotated[int, Field(ge=200)]
+    steps: PositiveInt
+    tokens: PositiveInt
+    methods: dict[str, dict[str, Any]]
+
+
 class FinetuningLab(Lab):
+    settings = Settings
     has_common = True
+
+    def check(self, recipe: LabRecipe) -> None:
+        super().check(recipe)
+        if recipe.recipe(None, 1).model_config_resolved().moe is None:
+            raise UserError(f"lab {recipe.name}: model.moe: null; expected a model with experts")
+        for arm in recipe.arms:
+            if arm not in recipe.settings["methods"]:
+                raise UserError(f"lab {recipe.name}: lab.methods: none for {arm!r}")
 
     def common(self, job: Job) -> None:
         job.train(job.base())

@@ -30,10 +30,11 @@ class Granularity(Lab):
             answer.append(f"The lowest mean is that of {best}.")
             answer.append(against("Validation loss", (fine, loss[fine]), (best, loss[best]), digits=4))
         steps = [difference(loss[a], loss[b]) for a, b in pairwise(arms)]
+        rising = [f"{a} → {b}" for (a, b), d in zip(pairwise(arms), steps, strict=True) if d.low > 0]
         falling = [f"{a} → {b}" for (a, b), d in zip(pairwise(arms), steps, strict=True) if d.high < 0]
         answer.append(
             f"Each time the experts are halved and twice as many of them chosen, the loss falls clearly for: "
-            f"{'; '.join(falling) or 'no such step'}."
+            f"{'; '.join(falling) or 'no such step'}; it rises clearly for: {'; '.join(rising) or 'none'}."
         )
         table = Table(
             "Loss by how finely the same parameters are cut",
@@ -54,7 +55,9 @@ class Granularity(Lab):
         limits = [
             "Parameters are equal but for the routers' (hidden size times experts, counted above). One learning rate "
             "for all. The router is DeepSeekMoE's, softmax without normalising: normalised, as in V3, the weight of a "
-            "single choice would always be 1 and its router would get no gradient.",
+            "single choice would always be 1 and its router would get no gradient. So the size of what the routed "
+            "experts add changes with how many are chosen, and is part of what is compared; γ goes with 1/E, as the "
+            "scores do.",
             "Seconds are of whatever else the machine did, and say little.",
         ]
         return Finding(answer, [table], charts, limits)

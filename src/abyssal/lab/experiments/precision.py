@@ -5,7 +5,7 @@ from __future__ import annotations
 from abyssal.lab.charts import curves, points
 from abyssal.lab.experiment import Figures, Finding, Job, Lab, Results, Table
 from abyssal.lab.measure import run_figures, smoothed
-from abyssal.lab.statistics import against, mean
+from abyssal.lab.statistics import against, mean, spread
 
 
 class Precision(Lab):
@@ -29,20 +29,13 @@ class Precision(Lab):
             for arm in arms
             if arm != "FP32"
         }
-        relative = {
-            arm: mean(
-                [
-                    g / full
-                    for gap, curve in zip(gaps[arm], results.of("FP32", "loss_curve"), strict=True)
-                    for g, full in zip(gap, curve, strict=True)
-                ]
-            )
-            for arm in gaps
-        }
+        relative = {arm: _apart(results.of(arm, "loss_curve"), results.of("FP32", "loss_curve")) for arm in gaps}
+        between = _apart(results.of("FP8", "loss_curve"), results.of("BF16", "loss_curve"))
         answer.append(
             "A step's training loss is off FP32's by "
-            + " and ".join(f"{value:.2%} in {arm}" for arm, value in relative.items())
-            + " on average (the V3 paper, §3.3: below 0.25% for FP8 against BF16, in long runs of large models)."
+            + " and by ".join(f"{spread([100 * x for x in values], 2)}% in {arm}" for arm, values in relative.items())
+            + f"; FP8 is off BF16 by {spread([100 * x for x in between], 2)}% (the V3 paper, §3.3: below 0.25%, in "
+            "long runs of large models)."
         )
         table = Table(
             "Loss by precision",
@@ -52,7 +45,7 @@ class Precision(Lab):
                     arm,
                     results.spread(arm, "loss", digits=4),
                     results.spread(arm, "bits_per_byte", digits=4),
-                    f"{relative[arm]:.3%}" if arm in relative else "–",
+                    f"{spread([100 * x for x in relative[arm]], 2)}%" if arm in relative else "–",
                 ]
                 for arm in arms
             ],
@@ -75,6 +68,12 @@ class Precision(Lab):
             "measured is what the numbers lose, not speed. Widths here are about that of one block."
         ]
         return Finding(answer, [table], charts, limits)
+
+
+def _apart(curves: list[list[float]], others: list[list[float]]) -> list[float]:
+    """By seed, the mean over steps of the distance of two losses, as a share of the second."""
+    pairs = zip(curves, others, strict=True)
+    return [mean([abs(x - y) / y for x, y in zip(one, other, strict=True)]) for one, other in pairs]
 
 
 LAB = Precision()

@@ -2,20 +2,40 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import numpy as np
 import torch
+from pydantic import Field, PositiveInt
 
 from abyssal.analysis.lens import LayerRouting, look
 from abyssal.analysis.specialisation import drift, information, position_bins
 from abyssal.checkpoint import read_tensors, write_tensors
+from abyssal.config import Config
+from abyssal.errors import UserError
 from abyssal.lab.charts import curves
 from abyssal.lab.experiment import Figures, Finding, Job, Lab, Results, Table
 from abyssal.lab.measure import held_out, texts_of, token_losses, windows
-from abyssal.lab.statistics import difference, mean, signed, spread
+from abyssal.lab.recipe import LabRecipe
+from abyssal.lab.statistics import against, difference, mean, signed, spread
 from abyssal.training.trainer import Trainer
 
 
+class Settings(Config):
+    """``at``: when the routers are looked at, as shares of all steps; ``tokens``: on how many held-out tokens."""
+
+    at: list[Annotated[float, Field(ge=0, le=1)]] = Field(min_length=1)
+    tokens: PositiveInt
+
+
 class Specialisation(Lab):
+    settings = Settings
+
+    def check(self, recipe: LabRecipe) -> None:
+        super().check(recipe)
+        if recipe.recipe(None, 1).model_config_resolved().moe is None:
+            raise UserError(f"lab {recipe.name}: model.moe: null; expected a model with experts")
+
     def run(self, job: Job) -> Figures:
         recipe = job.recipe()
         steps = recipe.training.steps
@@ -63,19 +83,24 @@ class Specialisation(Lab):
             else f"Over training these seeds show no change of it ({signed(change.mean, 2)}, 95% interval "
             f"{change.interval(2)})."
         )
-        settled = _first(steps, [mean(column) for column in zip(*final, strict=True)], 0.5, chance)
-        fallen = _first(steps, [-mean(column) for column in zip(*loss, strict=True)], 0.5, None)
-        answer.append(
-            f"Half of the way from chance ({chance:.2f}) to the final choices is gone by step {settled} of "
-            f"{steps[-1]}, half of the fall in loss by step {fallen}: "
-            + (
-                "routing settles before the loss does."
-                if settled < fallen
-                else "routing settles after the loss does."
-                if settled > fallen
-                else "both at the same look."
+        settled = [_half(steps, one, chance) for one in final]
+        fallen = [_half(steps, [-value for value in one], -one[0]) for one in loss]
+        if None in settled or None in fallen:
+            answer.append("In a seed at least the loss did not fall, or routing ended no further from chance.")
+        else:
+            halves = [float(step) for step in settled if step is not None]
+            fell = [float(step) for step in fallen if step is not None]
+            answer.append(
+                f"Half of the way from chance ({chance:.2f}) to the final choices is gone by step {spread(halves, 0)} "
+                f"of {steps[-1]}, half of the fall in loss by step {spread(fell, 0)}. "
+                + against(
+                    "The step at which half is done",
+                    ("the loss", fell),
+                    ("routing", halves),
+                    digits=0,
+                    words=("later", "earlier"),
+                )
             )
-        )
         first, last = layers[0], layers[-1]
         ends = {layer: [one[-1] for one in by_layer[layer]] for layer in layers}
         if first != last:
@@ -179,14 +204,19 @@ def _figures(experts: int, at: list[int], place, length: int) -> Figures:  # typ
     return found
 
 
-def _first(steps: list[int], values: list[float], share: float, low: float | None) -> int:
-    """The first of ``steps`` at which ``values`` have gone ``share`` of the way from ``low`` (None: their first) to
-    their last."""
-    begin = values[0] if low is None else low
-    for step, value in zip(steps, values, strict=True):
-        if (value - begin) >= share * (values[-1] - begin):
-            return step
-    return steps[-1]
+def _half(steps: list[int], values: list[float], begin: float) -> float | None:
+    """The step at which ``values`` have gone half of the way from ``begin`` to their last, between two looks along a
+    straight line; None where they end no higher."""
+    goal = (begin + values[-1]) / 2
+    if values[-1] <= begin:
+        return None
+    for i, value in enumerate(values):
+        if value >= goal:
+            if i == 0:
+                return float(steps[0])
+            low = values[i - 1]
+            return steps[i - 1] + (steps[i] - steps[i - 1]) * (goal - low) / (value - low)
+    return float(steps[-1])
 
 
 LAB = Specialisation()
