@@ -150,15 +150,15 @@ def test_nothing_is_dropped_for_a_run_that_cannot_begin(tmp_path):
 @pytest.mark.parametrize(
     ("name", "changes", "said"),
     [
-        ("ablation", {"lab": {"tokenz": 5}}, "lab.tokenz: no such key"),
-        ("ablation", {"lab": {"tokens": "abc"}}, "lab.tokens: 'abc'"),
+        ("ablation", {"lab": {"tokenz": 5}}, "lab: tokenz: no such key"),
+        ("ablation", {"lab": {"tokens": "abc"}}, "lab: tokens: 'abc'"),
         ("ablation", {"model": {"moe": {"n_shared_experts": 0}}}, "expected both kinds"),
-        ("context", {"lab": {"factor": 0}}, "lab.factor: 0"),
-        ("context", {"lab": {"factor": 2.5}}, "lab.factor: 2.5"),
+        ("context", {"lab": {"factor": 0}}, "lab: factor: 0"),
+        ("context", {"lab": {"factor": 2.5}}, "lab: factor: 2.5"),
         ("context", {"lab": {"factor": 64}}, "max_position_embeddings 512"),
         ("dense", {"lab": {"against": "foo"}}, "'foo' is no arm; the arms: MoE"),
-        ("finetuning", {"lab": {"methods": {"LoRA": 3}}}, "lab.methods"),
-        ("balancing", {"lab": {"tokens": 5}}, "lab.tokens: no such key"),
+        ("finetuning", {"lab": {"methods": {"LoRA": 3}}}, "lab: methods"),
+        ("balancing", {"lab": {"tokens": 5}}, "lab: tokens: no such key"),
     ],
 )
 def test_settings_that_cannot_be_are_said_before_anything_is_made(tmp_path, name, changes, said):
