@@ -21,7 +21,10 @@ DOCS = Path(__file__).parents[2] / "docs" / "lab"
 def one(tmp_path, answer="It is so."):
     results = Results(read_lab("precision"), {"A": {1: {"loss": 1.0}}})
     finding = Finding(
-        [answer], [Table("T", ["a", "b"], [["<i>x</i> | y", "1"]])], [points("P", "nats", {"A": [1.0, 2.0]})]
+        "In short.",
+        [answer],
+        [Table("T", ["a", "b"], [["<i>x</i> | y", "1"]])],
+        [points("P", "nats", {"A": [1.0, 2.0]})],
     )
     return write_report(
         results, finding, tmp_path, command="abyssal lab precision", machine={"cores": 2}, spent=(60.0, 90.0)
@@ -91,10 +94,11 @@ def test_report_in_the_docs_is_what_its_figures_say(name):
     finding = lab_of(name).conclude(Results(recipe, figures))
     readme = (DOCS / name / "README.md").read_text(encoding="utf-8")
     page = (DOCS / name / "report.html").read_text(encoding="utf-8")
-    for sentence in finding.answer:
+    for sentence in (finding.short, *finding.answer):
         assert sentence in readme
     for table in finding.tables:
         for row in table.rows:
             assert f"| {' | '.join(row)} |" in readme
     assert recipe.question in page
+    assert finding.short in (DOCS / "README.md").read_text(encoding="utf-8")
     assert len(list((DOCS / name).glob("chart-*.svg"))) == len(finding.charts)

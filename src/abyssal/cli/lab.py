@@ -92,7 +92,7 @@ def lab_command(
         spent=time_spent(recipe, folder),
     )
     say("")
-    for sentence in finding.answer:
+    for sentence in (finding.short, *finding.answer):
         say(sentence)
     say(f"\nreport  {place / PAGE}")
     if open_:

@@ -147,9 +147,10 @@ class Table:
 
 @dataclass(frozen=True)
 class Finding:
-    """What an experiment found: ``answer`` in a few plain sentences, made from the figures; tables and charts with the
-    figures; and ``limits``: what it does not show."""
+    """What an experiment found: ``short`` in a sentence, ``answer`` in a few with their figures, both made from the
+    figures alone; tables and charts; and ``limits``: what it does not show."""
 
+    short: str
     answer: list[str]
     tables: list[Table]
     charts: list[Chart]

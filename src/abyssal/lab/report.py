@@ -77,7 +77,8 @@ def check_place(folder: Path, name: str, option: str = "--report") -> None:
 
 def _page(results: Results, finding: Finding, command: str, machine: dict[str, Any], spent: tuple[float, float]) -> str:
     say = html.escape
-    parts = [f"<p>{say(sentence)}</p>" for sentence in finding.answer]
+    parts = [f"<p><strong>{say(finding.short)}</strong></p>"]
+    parts += [f"<p>{say(sentence)}</p>" for sentence in finding.answer]
     for number, chart in enumerate(finding.charts, start=1):
         parts.append(f"<figure><figcaption>{say(chart.title)}</figcaption>{chart.inside(f'c{number}-')}</figure>")
     for table in finding.tables:
@@ -126,7 +127,7 @@ table td:first-child {{ white-space: normal; }}
 def _markdown(
     results: Results, finding: Finding, command: str, machine: dict[str, Any], spent: tuple[float, float]
 ) -> str:
-    lines = [f"# {results.lab.question}", "", *_paragraphs(finding.answer)]
+    lines = [f"# {results.lab.question}", "", f"**{finding.short}**", "", *_paragraphs(finding.answer)]
     for number, chart in enumerate(finding.charts, start=1):
         lines += [f"![{chart.title}](chart-{number}.svg)", ""]
     for table in finding.tables:

@@ -98,6 +98,12 @@ def change(values: Sequence[float], digits: int = 3) -> str:
     return f"{signed(mean(values), digits)} ± {deviation(values):.{digits}f}"
 
 
+def verdict(first: Sequence[float], second: Sequence[float], more: str, less: str, same: str) -> str:
+    """Which of three phrases fits ``second`` beside ``first``: ``same`` where these seeds show no difference."""
+    found = difference(first, second)
+    return same if not found.clear else more if found.mean > 0 else less
+
+
 def against(
     what: str,
     first: tuple[str, Sequence[float]],

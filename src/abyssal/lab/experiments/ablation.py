@@ -16,7 +16,7 @@ from abyssal.lab.charts import heat, points
 from abyssal.lab.experiment import Figures, Finding, Job, Lab, Results, Table
 from abyssal.lab.measure import CLASSES, held_out, token_classes, token_losses, windows
 from abyssal.lab.recipe import LabRecipe
-from abyssal.lab.statistics import against, change, difference, mean, spread
+from abyssal.lab.statistics import against, change, difference, mean, spread, verdict
 from abyssal.loading import load
 from abyssal.model import Transformer
 from abyssal.model.moe import MoE
@@ -140,6 +140,15 @@ class Ablation(Lab):
                 ("a routed one", falls["routed"]),
             )
         )
+        together = verdict(
+            overall[SHARED],
+            overall[ROUTED],
+            "more on its routed experts together than on its shared ones",
+            "more on its shared experts than on all routed ones",
+            "on both kinds alike, as far as these seeds show",
+        )
+        alone = verdict(routed, shared, "more than", "less than", "no more than")
+        short = f"The model rests {together}; a single shared expert is missed {alone} a single routed one."
         rows = []
         for i, kind in enumerate(("all tokens", *classes)):
             rows.append(
@@ -179,7 +188,7 @@ class Ablation(Lab):
             "rests on, not what it could not learn without. The routers go on choosing it.",
             "A shared expert works on every token, a routed one on a part of them, so that one of it has less to add.",
         ]
-        return Finding(answer, [table], charts, limits)
+        return Finding(short, answer, [table], charts, limits)
 
 
 def _shares_of_loss(whole: list[float], singles: dict[str, Any], common: list[float], kind: str) -> float:

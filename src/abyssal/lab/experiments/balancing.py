@@ -50,6 +50,11 @@ class Balancing(Lab):
             strongest = min(losses, key=lambda arm: means[arm])
             answer.append(against("Loss", (strongest, loss[strongest]), (best, loss[best]), digits=4))
             answer.append(against("CV of a step's load", (strongest, cv[strongest]), (best, cv[best]), digits=4))
+        costly = " and ".join(worse) or "none of them"
+        short = (
+            f"{len(even)} of {len(others)} balancers keep the load even (CV below {EVEN}); a loss that is higher than "
+            f"without balancing, as far as these seeds show: with {costly}."
+        )
         table = Table(
             "Balance and loss",
             ["balancer", "CV a step", "CV, 50 steps", "MaxVio, 50 steps", "dead", "validation, nats a token"],
@@ -80,7 +85,7 @@ class Balancing(Lab):
             "than a million do. What balance is worth when experts lie on many GPUs, which is why it is wanted, is not "
             "measured here."
         ]
-        return Finding(answer, [table], charts, limits)
+        return Finding(short, answer, [table], charts, limits)
 
 
 LAB = Balancing()

@@ -18,7 +18,7 @@ from abyssal.lab.charts import curves
 from abyssal.lab.experiment import Figures, Finding, Job, Lab, Results, Table
 from abyssal.lab.measure import held_out, token_losses, windows
 from abyssal.lab.recipe import LabRecipe
-from abyssal.lab.statistics import against, spread
+from abyssal.lab.statistics import against, spread, verdict
 from abyssal.loading import load
 from abyssal.model import Transformer
 from abyssal.tuning.recipe import build_recipe
@@ -138,6 +138,12 @@ class ContextLab(Lab):
             against("Loss beyond the trained length", (PLAIN_ON, beyond[PLAIN_ON]), (YARN_ON, beyond[YARN_ON])),
             against("Loss on short text", (AS_TRAINED, short[AS_TRAINED]), (YARN_ON, short[YARN_ON])),
         ]
+        alone = verdict(beyond[AS_TRAINED], beyond[YARN], "raises", "lowers", "does not change")
+        on = verdict(beyond[PLAIN_ON], beyond[YARN_ON], "higher than", "lower than", "no different from")
+        summary = (
+            f"Beyond the trained length YaRN alone {alone} the loss, as far as these seeds show; after a little "
+            f"training it is {on} what the same training without YaRN gives."
+        )
         places = results.of(arms[0], "places")[0]
         table = Table(
             "Loss by position, nats a token",
@@ -167,7 +173,7 @@ class ContextLab(Lab):
             "position (MLA's decoupled rotary part is small), and text of this kind asks for little beyond a hundred "
             "tokens."
         ]
-        return Finding(answer, [table], charts, limits)
+        return Finding(summary, answer, [table], charts, limits)
 
 
 def _with_yarn(model: Transformer, factor: float, original: int) -> Transformer:

@@ -20,7 +20,7 @@ from abyssal.lab.charts import points
 from abyssal.lab.experiment import Figures, Finding, Job, Lab, Results, Table
 from abyssal.lab.measure import run_figures
 from abyssal.lab.recipe import LabRecipe
-from abyssal.lab.statistics import against, mean, spread
+from abyssal.lab.statistics import against, mean, spread, verdict
 from abyssal.training.start import start
 from abyssal.training.trainer import Trainer
 
@@ -99,6 +99,11 @@ class Dense(Lab):
                 f"In the time of a step of {moe}, measured in turn on this machine, {spread(ratios, 2)} steps are done "
                 f"of “{arm}”."
             )
+        better, worse = "better", "worse"
+        said = [verdict(loss[moe], loss[arm], worse, better, "no different") for arm in others]
+        short = (
+            "Beside the MoE model: " + "; ".join(f"{arm}: {word}" for arm, word in zip(others, said, strict=True)) + "."
+        )
         table = Table(
             "MoE and dense",
             ["model", "parameters", "active", "forward MFLOP a token", "steps", "validation, nats a token"],
@@ -121,7 +126,7 @@ class Dense(Lab):
             "that the timed arms' steps do not come out the same again. A longer schedule also sees more of the text "
             "again."
         ]
-        return Finding(answer, [table], charts, limits)
+        return Finding(short, answer, [table], charts, limits)
 
 
 def _pace_file(job: Job) -> Path:

@@ -138,6 +138,13 @@ class FinetuningLab(Lab):
             "Routing moves more in the last layer than in the first with: "
             f"{', '.join(deeper) or 'none of the methods'}."
         )
+        short = (
+            "Routing moves with every method, also where the routers are frozen: on the new text "
+            + ", ".join(f"{mean(moved(arm, 'new')):.0%} of the choices with {arm}" for arm in arms)
+            + "."
+            if all(min(moved(arm, "new")) > 0 for arm in arms)
+            else "With a method at least routing did not move."
+        )
         table = Table(
             "Before and after",
             [
@@ -178,7 +185,7 @@ class FinetuningLab(Lab):
             "also moves less. Routers are trained with all weights, and frozen with LoRA and ESFT: there routing moves "
             "because what reaches the routers does."
         ]
-        return Finding(answer, [table, by_layer], charts, limits)
+        return Finding(short, answer, [table, by_layer], charts, limits)
 
 
 def _texts(job: Job) -> tuple[Path, str]:

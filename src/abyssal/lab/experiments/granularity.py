@@ -8,7 +8,7 @@ from abyssal.analysis.parameters import count_parameters
 from abyssal.lab.charts import points
 from abyssal.lab.experiment import Figures, Finding, Job, Lab, Results, Table
 from abyssal.lab.measure import run_figures
-from abyssal.lab.statistics import against, difference
+from abyssal.lab.statistics import against, difference, verdict
 
 
 class Granularity(Lab):
@@ -36,6 +36,8 @@ class Granularity(Lab):
             f"Each time the experts are halved and twice as many of them chosen, the loss falls clearly for: "
             f"{'; '.join(falling) or 'no such step'}; it rises clearly for: {'; '.join(rising) or 'none'}."
         )
+        word = verdict(loss[coarse], loss[fine], "worse than", "better than", "no different from")
+        short = f"At this size the finest cut ({fine}) is {word} the coarsest ({coarse}) as far as these seeds show."
         table = Table(
             "Loss by how finely the same parameters are cut",
             ["routed experts", "parameters", "active", "validation, nats a token", "CV a step", "s of training"],
@@ -60,7 +62,7 @@ class Granularity(Lab):
             "scores do.",
             "Seconds are of whatever else the machine did, and say little.",
         ]
-        return Finding(answer, [table], charts, limits)
+        return Finding(short, answer, [table], charts, limits)
 
 
 LAB = Granularity()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abyssal.lab.charts import curves, points
 from abyssal.lab.experiment import Figures, Finding, Job, Lab, Results, Table
 from abyssal.lab.measure import run_figures, smoothed
-from abyssal.lab.statistics import against, mean, spread
+from abyssal.lab.statistics import against, mean, spread, verdict
 
 
 class Precision(Lab):
@@ -37,6 +37,10 @@ class Precision(Lab):
             + f"; FP8 is off BF16 by {spread([100 * x for x in between], 2)}% (the V3 paper, §3.3: below 0.25%, in "
             "long runs of large models)."
         )
+        word = verdict(
+            loss["BF16"], loss["FP8"], "ends higher", "ends lower", "ends no different, as far as these seeds show"
+        )
+        short = f"Trained in FP8 instead of BF16 the validation loss {word}."
         table = Table(
             "Loss by precision",
             ["products in", "validation, nats a token", "bits a byte", "off FP32's training loss"],
@@ -67,7 +71,7 @@ class Precision(Lab):
             "Without FP8 hardware the rounding is that of E4M3 with V3's blocks and tiles, worked out in BF16: what is "
             "measured is what the numbers lose, not speed. Widths here are about that of one block."
         ]
-        return Finding(answer, [table], charts, limits)
+        return Finding(short, answer, [table], charts, limits)
 
 
 def _apart(curves: list[list[float]], others: list[list[float]]) -> list[float]:

@@ -17,7 +17,7 @@ from abyssal.lab.charts import curves
 from abyssal.lab.experiment import Figures, Finding, Job, Lab, Results, Table
 from abyssal.lab.measure import held_out, texts_of, token_losses, windows
 from abyssal.lab.recipe import LabRecipe
-from abyssal.lab.statistics import against, difference, mean, signed, spread
+from abyssal.lab.statistics import against, difference, mean, signed, spread, verdict
 from abyssal.training.trainer import Trainer
 
 
@@ -112,6 +112,17 @@ class Specialisation(Lab):
                 else f"Between layer {first} ({mean(ends[first]):.2f}) and layer {last} ({mean(ends[last]):.2f}) these "
                 "seeds show no difference in how much the token tells."
             )
+        grows = verdict(
+            [one[0] for one in token],
+            [one[-1] for one in token],
+            "come to follow the token itself",
+            "come to depend less on the token itself",
+            "depend on the token itself as they did at first",
+        )
+        short = (
+            f"Over training experts {grows}: it tells {mean([one[0] for one in token]):.2f} of the choice at first, "
+        )
+        short += f"{mean([one[-1] for one in token]):.2f} at the end."
         rows = []
         for number, step in enumerate(steps):
             cells = [spread([one[number] for one in by_layer[layer]], 2) for layer in layers]
@@ -163,7 +174,7 @@ class Specialisation(Lab):
             "One kind of text. What the token tells is mutual information less what chance gives with as many tokens "
             "(docs/looking.md); what is not told by the token comes of its context."
         ]
-        return Finding(answer, [table], charts, limits)
+        return Finding(short, answer, [table], charts, limits)
 
 
 def _figures(experts: int, at: list[int], place, length: int) -> Figures:  # type: ignore[no-untyped-def]
