@@ -56,10 +56,7 @@ class Granularity(Lab):
         charts = [points("Loss by granularity", "validation loss, nats a token", loss)]
         limits = [
             "Parameters are equal but for the routers' (hidden size times experts, counted above). One learning rate "
-            "for all. The router is DeepSeekMoE's, softmax without normalising: normalised, as in V3, the weight of a "
-            "single choice would always be 1 and its router would get no gradient. So the size of what the routed "
-            "experts add changes with how many are chosen, and is part of what is compared; γ goes with 1/E, as the "
-            "scores do.",
+            "and one γ for all; an expert sees fewer tokens the more there are, and is as much smaller.",
             "Seconds are of whatever else the machine did, and say little.",
         ]
         return Finding(short, answer, [table], charts, limits)
