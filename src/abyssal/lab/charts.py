@@ -84,6 +84,7 @@ def curves(
         axes.fill_between(x[: len(middle)], low, high, color=colour, alpha=0.18, linewidth=0)
     if log_x:
         axes.set_xscale("symlog" if min(x) <= 0 else "log")
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     if log_y:
         axes.set_yscale("log")
     if ticks is not None:

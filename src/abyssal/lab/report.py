@@ -108,7 +108,7 @@ table td:first-child {{ white-space: normal; }}
 <body>
 <main {MARK}>
 <h1>{say(results.lab.question)}</h1>
-<p class="dim">abyssal lab {say(results.lab.name)}: {len(results.lab.arms)} arms, {results.lab.seeds} seeds each</p>
+<p class="dim">abyssal lab {say(results.lab.name)}: {_arms(results)}, {results.lab.seeds} seeds each</p>
 <h2>Finding</h2>
 {chr(10).join(parts)}
 <h2>What this does not show</h2>
@@ -153,6 +153,11 @@ def _rows(table: Table) -> Iterator[str]:
     yield f"| --- |{' ---: |' * (len(table.columns) - 1)}"
     for row in table.rows:
         yield f"| {' | '.join(cell.replace('|', '/') for cell in row)} |"
+
+
+def _arms(results: Results) -> str:
+    count = len(results.lab.arms)
+    return f"{count} arms" if count > 1 else "1 arm"
 
 
 def _always(results: Results) -> list[str]:
