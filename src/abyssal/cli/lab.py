@@ -69,9 +69,8 @@ def lab_command(
     check_folder(folder)
     lab_of(name).check(recipe)
     check_place(place, name, "--out" if report is None else "--report")
-    say(
-        f"{recipe.question}\n{len(recipe.arms)} {'arm' if len(recipe.arms) == 1 else 'arms'}, {recipe.seeds} seeds; folder {folder}"
-    )
+    arms = "1 arm" if len(recipe.arms) == 1 else f"{len(recipe.arms)} arms"
+    say(f"{recipe.question}\n{arms}, {recipe.seeds} seeds; folder {folder}")
     if size == "gpu" and resolve_device(str(recipe.base["training"].get("device", "auto"))).type == "cpu":
         say("no GPU here: at this size one job takes many hours")
     signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))  # stops as Ctrl-C does
