@@ -12,7 +12,7 @@ INSTALL := $(PIP) install --quiet --constraint constraints.txt $(if $(TORCH_INDE
 STAMP := $(shell date +%Y%m%d-%H%M%S)
 
 .PHONY: help setup demo test test-slow lint format bench bench-large bench-attention bench-scaling bench-learning \
-	bench-checkpoints bench-recording bench-decoding bench-serving bench-tuning test-load learn wheel clean
+	bench-checkpoints bench-recording bench-decoding bench-serving bench-tuning test-load learn labs wheel clean
 
 help:
 	@echo "make demo       train a small DeepSeek-V3 on Tiny Shakespeare and let it talk"
@@ -27,6 +27,7 @@ help:
 	@echo "make bench-checkpoints  memory and time of loading, converting, exporting (16 GB of disk, 8 GB of memory)"
 	@echo "make test-load  the server under 200 clients that come and go, two minutes"
 	@echo "make test-slow  long proofs that CI leaves out"
+	@echo "make labs       run all experiments anew and write their reports into docs/lab (an hour on two cores)"
 	@echo "make learn      run the chapters of docs/learn and write their notebooks"
 	@echo "make wheel      build the wheel, install it in an empty environment, run a command"
 
@@ -121,6 +122,10 @@ learn: $(VENV)/.dev
 		PATH="$(abspath $(BIN)):$$PATH" jupytext --quiet --to ipynb --set-kernel python3 --execute $$chapter.py && \
 		PATH="$(abspath $(BIN)):$$PATH" jupyter nbconvert --log-level ERROR --to notebook --inplace --coalesce-streams \
 			--ClearMetadataPreprocessor.enabled=True $$chapter.ipynb || exit 1; done
+
+labs: $(VENV)/.dev
+	@for name in $$($(BIN)/abyssal lab | cut -d ' ' -f 1); do \
+		$(BIN)/abyssal lab $$name --report docs/lab/$$name || exit 1; done
 
 # Built from a clean tree, installed without the source, run from elsewhere: presets, recipes and corpus must be in it.
 wheel: $(VENV)/.torch
