@@ -42,6 +42,12 @@ def test_notebook_is_the_script(chapter: Path) -> None:
     script = chapter.read_text(encoding="utf-8")
     for cell in code:
         assert "".join(cell["source"]).strip() in script, "not the script's; run make learn"
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "markdown":
+            lines = "".join(cell["source"]).strip().split("\n")
+            assert "\n".join(f"# {line}" if line else "#" for line in lines) in script, (
+                "not the script's; run make learn"
+            )
     cells = [part for part in script.split("\n# %%") if not part.startswith(" [markdown]")]
     assert len(code) == len(cells) - 1
     assert all(cell.get("outputs") is not None and cell["execution_count"] for cell in code), "not executed"

@@ -59,10 +59,9 @@ def lab_command(
 
         print(yaml.safe_dump(recipe.model_dump(), sort_keys=False, allow_unicode=True, width=100), end="")
         return
-    from abyssal.lab.conduct import check_folder, conduct, machine_of, time_spent
+    from abyssal.lab.conduct import check_folder, conduct, device_of, machine_of, time_spent
     from abyssal.lab.experiments import lab_of
     from abyssal.lab.report import PAGE, check_place, write_report
-    from abyssal.training.hardware import resolve_device
 
     folder = out or Path("runs/lab") / name
     place = report or folder
@@ -71,7 +70,7 @@ def lab_command(
     check_place(place, name, "--out" if report is None else "--report")
     arms = "1 arm" if len(recipe.arms) == 1 else f"{len(recipe.arms)} arms"
     say(f"{recipe.question}\n{arms}, {recipe.seeds} seeds; folder {folder}")
-    if size == "gpu" and resolve_device(str(recipe.base["training"].get("device", "auto"))).type == "cpu":
+    if size == "gpu" and device_of(recipe).type == "cpu":
         say("no GPU here: at this size one job takes many hours")
     signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))  # stops as Ctrl-C does
     try:

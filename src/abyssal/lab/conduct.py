@@ -60,7 +60,7 @@ def conduct(
     report needs, is missing; KeyboardInterrupt where Ctrl-C or SIGTERM stopped it: what was trained is saved.
     """
     check_plotting()
-    device = resolve_device(str(recipe.base["training"].get("device", "auto")))
+    device = device_of(recipe)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     jobs = jobs or (cores if device.type == "cpu" else 1)
     check_folder(folder)
@@ -86,6 +86,11 @@ def conduct(
         assert job.arm is not None
         figures[job.arm][job.seed] = found["figures"]
     return Results(recipe, figures)
+
+
+def device_of(recipe: LabRecipe) -> torch.device:
+    """Where jobs compute. Raises UserError where that is not there."""
+    return resolve_device(str(recipe.base["training"].get("device", "auto")))
 
 
 def time_spent(recipe: LabRecipe, folder: Path) -> tuple[float, float]:
@@ -151,7 +156,7 @@ def _claim(recipe: LabRecipe, folder: Path, overwrite: bool) -> None:
             old.unlink()
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "figures").mkdir(exist_ok=True)
-    device = resolve_device(str(recipe.base["training"].get("device", "auto")))
+    device = device_of(recipe)
     dtype = resolve_dtype(str(recipe.base["training"].get("dtype", "auto")), device)
     machine = describe(device, dtype) | {"python": platform.python_version()}
     told = {"abyssal": version("abyssal"), "recipe": wanted, "machine": machine}
@@ -183,7 +188,9 @@ def _kept(job: Job) -> dict[str, Any] | None:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
         float(found["seconds"]), float(found["processor"])
-        return found if "figures" in found else None
+        # Files are named by an arm's place; where arms were put in another order, it is another arm's.
+        ours = "figures" in found and (found["arm"], found["seed"]) == (job.arm, job.seed)
+        return found if ours else None
     except (ValueError, TypeError, KeyError):
         return None  # cut off, or somebody's edit: it is found out anew
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from abyssal.checkpoint.run import MANIFEST, Run
-from abyssal.config import Config, parse
+from abyssal.config import Config, merge, parse
 from abyssal.data.corpus import corpus_fingerprint
 from abyssal.lab.charts import Chart
 from abyssal.lab.recipe import LabRecipe
@@ -26,6 +26,7 @@ from abyssal.training.prepare import corpus_id
 from abyssal.training.recipe import Recipe, RunRecipe
 from abyssal.training.start import TRAIN, Kind, resume, start
 from abyssal.training.trainer import Trainer
+from abyssal.tuning.recipe import TuneRecipe, build_recipe
 
 Figures = dict[str, Any]
 """What a job found: anything that JSON can say."""
@@ -110,6 +111,25 @@ class Job:
         return path
 
 
+def tuning(base: Path, text: Path, like: Recipe, changes: dict[str, Any]) -> TuneRecipe:
+    """A recipe that tunes ``base`` on ``text`` in the precision, windows and order of ``like``, with ``changes`` laid
+    over it. It looks at nothing on its way: the experiment does so afterwards."""
+    t = like.training
+    data: dict[str, Any] = {
+        "training": {
+            "batch_size": t.batch_size,
+            "sequence_length": t.sequence_length,
+            "seed": t.seed,
+            "dtype": t.dtype,
+            "device": t.device,
+        },
+        "drift": {"tokens": 0},
+        "validation": {"every": 10**6, "batches": 1},
+        "checkpoint": {"every": 10**6, "keep": 1},
+    }
+    return build_recipe(str(base), str(text), None, merge(data, changes))
+
+
 @dataclass(frozen=True)
 class Results:
     """All jobs' figures, by arm and seed."""
@@ -165,15 +185,19 @@ class Lab(ABC):
     """How an experiment is run, and what is concluded. ``settings`` says what its recipe may settle."""
 
     settings: type[Config] = NoSettings
-    has_common = False
 
     def check(self, recipe: LabRecipe) -> None:
         """Raises UserError for settings, and changes of the training recipe, that the experiment cannot be run with."""
         parse(self.settings, recipe.settings, f"lab {recipe.name}: lab")
 
     def common(self, job: Job) -> None:
-        """What a seed's arms have in common, done before them where :attr:`has_common` says so."""
-        raise NotImplementedError
+        """What a seed's arms have in common, done before them: nothing, where an experiment does not say what."""
+        return
+
+    @property
+    def has_common(self) -> bool:
+        """Whether the experiment says what its arms have in common."""
+        return type(self).common is not Lab.common
 
     @abstractmethod
     def run(self, job: Job) -> Figures:

@@ -15,13 +15,12 @@ from abyssal.data.shards import train_split
 from abyssal.errors import UserError
 from abyssal.exporting import export
 from abyssal.lab.charts import curves
-from abyssal.lab.experiment import Figures, Finding, Job, Lab, Results, Table
+from abyssal.lab.experiment import Figures, Finding, Job, Lab, Results, Table, tuning
 from abyssal.lab.measure import held_out, token_losses, windows
 from abyssal.lab.recipe import LabRecipe
 from abyssal.lab.statistics import against, spread, verdict
 from abyssal.loading import load
 from abyssal.model import Transformer
-from abyssal.tuning.recipe import build_recipe
 from abyssal.tuning.start import TUNE
 
 AS_TRAINED, YARN, YARN_ON, PLAIN_ON = "as trained", "YaRN", "YaRN, trained on", "no YaRN, trained on"
@@ -39,7 +38,6 @@ class Settings(Config):
 
 class ContextLab(Lab):
     settings = Settings
-    has_common = True
 
     def check(self, recipe: LabRecipe) -> None:
         super().check(recipe)
@@ -70,31 +68,17 @@ class ContextLab(Lab):
             if not folder.is_dir():
                 export(model, folder, tokenizer=tokenizer)
             text = _training_text(job, path)
-            steps, batch = settings["steps"], max(recipe.training.batch_size // settings["factor"], 1)
-            tuned = job.train(
-                build_recipe(
-                    str(folder),
-                    str(text),
-                    None,
-                    {
-                        "method": "full",
-                        "training": {
-                            "steps": steps,
-                            "batch_size": batch,
-                            "sequence_length": long,
-                            "seed": job.seed,
-                            "dtype": recipe.training.dtype,
-                            "device": recipe.training.device,
-                        },
-                        "optimizer": {"lr": settings["rate"]},
-                        "balance": "none",
-                        "drift": {"tokens": 0},
-                        "validation": {"every": 10**6, "batches": 1},
-                        "checkpoint": {"every": 10**6, "keep": 1},
-                    },
-                ),
-                kind=TUNE,
-            )
+            asked = {
+                "method": "full",
+                "training": {
+                    "steps": settings["steps"],
+                    "batch_size": max(recipe.training.batch_size // settings["factor"], 1),
+                    "sequence_length": long,
+                },
+                "optimizer": {"lr": settings["rate"]},
+                "balance": "none",
+            }
+            tuned = job.train(tuning(folder, text, recipe, asked), kind=TUNE)
             model, _ = load(tuned)
         shards = held_out(recipe, tokenizer)
         if len(shards) <= long:

@@ -35,7 +35,6 @@ class ConversionSettings(Config):
 
 class ConversionLab(Lab):
     settings = ConversionSettings
-    has_common = True
 
     def common(self, job: Job) -> None:
         job.train(self._dense(job))

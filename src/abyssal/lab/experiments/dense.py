@@ -37,7 +37,6 @@ class Settings(Config):
 
 class Dense(Lab):
     settings = Settings
-    has_common = True
 
     def check(self, recipe: LabRecipe) -> None:
         super().check(recipe)

@@ -16,12 +16,11 @@ from abyssal.config import Config, merge
 from abyssal.data.tokenizer import Tokenizer
 from abyssal.errors import UserError
 from abyssal.lab.charts import points
-from abyssal.lab.experiment import Figures, Finding, Job, Lab, Results, Table
+from abyssal.lab.experiment import Figures, Finding, Job, Lab, Results, Table, tuning
 from abyssal.lab.measure import held_out, texts_of, token_losses, windows
 from abyssal.lab.recipe import LabRecipe
 from abyssal.lab.statistics import against, change, difference, mean, spread
 from abyssal.loading import load
-from abyssal.tuning.recipe import build_recipe
 from abyssal.tuning.start import TUNE
 
 _HELD_OUT = 0.2
@@ -39,7 +38,6 @@ class Settings(Config):
 
 class FinetuningLab(Lab):
     settings = Settings
-    has_common = True
 
     def check(self, recipe: LabRecipe) -> None:
         super().check(recipe)
@@ -60,23 +58,8 @@ class FinetuningLab(Lab):
         assert tokenizer is not None
         file, kept = _texts(job)
         length = recipe.training.sequence_length
-        asked = merge(
-            {
-                "training": {
-                    "steps": settings["steps"],
-                    "batch_size": recipe.training.batch_size,
-                    "sequence_length": length,
-                    "seed": job.seed,
-                    "dtype": recipe.training.dtype,
-                    "device": recipe.training.device,
-                },
-                "drift": {"tokens": 0},
-                "validation": {"every": 10**6, "batches": 1},
-                "checkpoint": {"every": 10**6, "keep": 1},
-            },
-            settings["methods"][job.arm],
-        )
-        tuned = job.train(build_recipe(str(base), str(file), None, asked), kind=TUNE)
+        asked = merge({"training": {"steps": settings["steps"]}}, settings["methods"][job.arm])
+        tuned = job.train(tuning(base, file, recipe, asked), kind=TUNE)
         after, _ = load(tuned)
         out: Figures = {}
         for name, rows in (
