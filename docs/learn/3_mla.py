@@ -22,13 +22,16 @@
 # | --- | --- | ---: |
 # | $B$, $T$, $S$ | batch; new tokens (queries); tokens attended to (keys) | |
 # | $D$ | hidden size | 7168 |
-# | $H$ | heads | 128 |
+# | $H$, $d$ | heads; an MHA head's key and value | 128, 128 |
 # | $N$ | a head's query and key without position (`qk_nope_head_dim`, the papers' $d_h$) | 128 |
 # | $R$ | rotary dims (`qk_rope_head_dim`, $d_h^R$) | 64 |
 # | $V$ | a head's value (`v_head_dim`) | 128 |
 # | $C$ | latent (`kv_lora_rank`, $d_c$) | 512 |
+#
+# ($N$ was the number of tokens in chapters 1 and 2, and $V$ will be the vocabulary in chapter 4.)
 
 # %%
+import math
 import statistics
 import tempfile
 import time
@@ -116,7 +119,8 @@ print(f"V3's own heads, expanded (keys of 192, values of 128): {mla.expanded_val
 #
 # Three figures for "how much smaller" are in circulation, and they compare with three things: 57 times with MHA of
 # 128 heads of 128; 71 times (98.6%) with V3's own heads expanded, whose keys are wider by the rotary part; 93.3% in
-# V2's abstract is V2 beside DeepSeek 67B, another model, which has GQA.
+# V2's abstract is V2 beside DeepSeek 67B, another model, which has GQA. (The last one comes out only where V2's cache
+# is counted at 6 bits, as its paper's deployment keeps it, §3.2.3; the misreadings, number 14, work it out.)
 #
 # ## 2. One latent for keys and values
 #
@@ -193,9 +197,10 @@ print(f", outputs {(o_expanded - o_absorbed).abs().max():.1e}")
 # against a *single* key of width $C$ a token, which is its own value. That is multi-query attention over the latents.
 # In this sense MLA has MQA's cache, while each head looks at the latents through a $W^{UK}_i$ of its own.
 #
-# The papers say that $W^{UK}$ is absorbed "into $W^{UQ}$", as if the two were multiplied once and for all. They could
-# be, but the product is larger than its factors: in V3 $128 \cdot 512 \cdot 1536$ = 101M numbers a layer to read, in
-# place of 34M. So implementations, ours too, keep the two and multiply the query by one after the other.
+# V2's paper (§2.1.2) says that $W^{UK}$ can be absorbed "into $W^{UQ}$" and $W^{UV}$ into $W^O$, as if they were
+# multiplied once and for all. They could be, but the products are larger than their factors: with V3's sizes
+# $128 \cdot 512 \cdot 1536$ = 101M numbers per layer to read in place of 34M, and $128 \cdot 512 \cdot 7168$ = 470M in
+# place of 126M. So implementations, ours too, keep the factors and multiply by one after the other.
 #
 # ## 4. Position does not fit in: the decoupled rotary key
 #
@@ -260,6 +265,9 @@ check("turned keys need a query for each distance", (each - right).abs().max() <
 # \text{score} = \frac{(W_i^{UK\top} q^C_{t,i})^\top c_s + q^{R\top}_{t,i} k^R_s}{\sqrt{N + R}}
 # $$
 #
+# (The published V2 and V3 multiply scores by a constant more, 1.87 in V3: it belongs to YaRN, which stretches the
+# context, and not to MLA.)
+#
 # $k^R_s$ has no head index: all heads share it, as in MQA. It is cached after it was turned, beside the latent. With
 # one for each head V3 would cache $512 + 128 \cdot 64 = 8704$ numbers a token in place of $512 + 64 = 576$. So what
 # is shared among heads is *where* a token is; *what* it is stays a matter of each head.
@@ -269,7 +277,8 @@ check("turned keys need a query for each distance", (each - right).abs().max() <
 # All of it, by hand, with the weights of the library's `LatentAttention`, in FP64. Names are those of the published
 # checkpoints: `kv_a_proj_with_mqa` holds $W^{DKV}$ above $W^{KR}$, `kv_b_proj` holds $W^{UK}_i$ above $W^{UV}_i$ for
 # each head. Two things are new: a low-rank query (`q_a_proj`, `q_b_proj`; it saves activations in training, and has
-# nothing to do with the cache), and an RMSNorm on each latent.
+# nothing to do with the cache), and an RMSNorm on each latent. The norm is no obstacle to absorption: it comes before
+# $c$ is cached, and what stands between $c$ and $W^{UK}$ stays linear.
 
 # %%
 config = ModelConfig(
@@ -373,7 +382,7 @@ check("what is cached is latents and rotary keys", torch.allclose(cache.tensors[
 # is dearer to use than a key and a value, but need not be made.
 #
 # **Before you run it:** V3, 4096 tokens. Which path for a prompt of 4096? Which for the one token after it? At how
-# many new tokens do they cross?
+# many new tokens do they cross, here and over a very long cache?
 
 # %%
 with torch.device("meta"):  # shapes, no memory
@@ -397,7 +406,8 @@ for new, keys in ((1, 4096), (1, 131072), (64, 4096), (150, 4096), (180, 4096), 
     print(f"{new:>10,}{keys:>8,}{expanded:>12,.2f}{absorbed:>12,.2f}   {path}")
 
 border = max(new for new in range(1, 4096) if v3_layer.absorb_pays(new))
-print(f"absorb_pays: up to {border} new tokens")
+cheaper = [new for new in range(1, 4096) if multiplications(new, 4096)[1] < multiplications(new, 4096)[0]]
+print(f"absorbed is cheaper up to {max(cheaper)} new tokens of 4,096; absorb_pays: up to {border}, for any length")
 
 read = {"MHA": 2 * heads * size, "GQA, 8 groups": 2 * 8 * size, "MLA, absorbed": a.kv_lora_rank + a.qk_rope_head_dim}
 used = dict.fromkeys(read, heads * 2 * size) | {"MLA, absorbed": heads * (2 * a.kv_lora_rank + a.qk_rope_head_dim)}
@@ -411,13 +421,19 @@ for name, values in read.items():
 # **Training and prefill expand**: $T = S$, a key that was made is used by many queries, and using it is 3.4 times
 # cheaper than using a latent. **Decoding absorbs**: one query does not pay for making 4096 tokens' keys. Over a long
 # cache, where carrying queries over hardly counts, $S$ cancels, and the border lies at a fixed number of new tokens:
-# 170 for V3. `absorb_pays` is this comparison.
+# 170 for V3. `absorb_pays` is this comparison; on a short cache it takes the dearer path just below the border, where
+# both cost nearly the same.
 #
 # The second table is the deeper reason why MLA decodes fast, and it is also the price. An absorbed step multiplies
 # *more* than MHA's, 4.25 times as much for each cached token, but reads 57 times less. MHA does one multiplication
-# for each value that it fetches. A GPU such as the H100 can do about 300 in the time in which it fetches one BF16
-# value, so MHA leaves it idle; MLA's 242 come close to what it can do. MLA pays for memory traffic with arithmetic,
-# and arithmetic is what such hardware has to spare.
+# for each value that it fetches. An H100 does 989 TFLOP/s in BF16, which is 495T multiplications with their
+# additions, and fetches 3.35 TB/s, which is 1.7T BF16 values: 295 multiplications in the time of one value. So MHA
+# leaves it idle; MLA's 242 come close to what it can do. MLA pays for memory traffic with arithmetic, and arithmetic
+# is what such hardware has to spare.
+#
+# Part of that advantage is lost where one sequence's heads are divided among GPUs (*tensor parallelism*: each computes
+# some of the heads). MHA's cache is divided with them. MLA's latent is needed by every head, so each GPU keeps all of
+# it, and reads all of it with fewer heads to multiply it by.
 #
 # ## 7. A decoding step, measured
 #
@@ -584,9 +600,9 @@ def apart(stats, found, rank: int) -> float:
 
 
 inputs = inputs_of(dense)
-stats, parts, found = looked_at(dense, 1, inputs)
+stats, parts, found = looked_at(dense, 0, inputs)
 untrained = new_dense().requires_grad_(False)
-*_, untrained_found = looked_at(untrained, 1, inputs_of(untrained))
+*_, untrained_found = looked_at(untrained, 0, inputs_of(untrained))
 ranks = (4, 8, 16, 32, 64)
 print("relative error of keys and values (256 rows, rank 128 at most) at a latent of")
 print(f"{'':<30}" + "".join(f"{rank:>8}" for rank in ranks))
@@ -596,7 +612,10 @@ for name, errors in {
     "untrained, one joint latent": [untrained_found.error(rank) for rank in ranks],
 }.items():
     print(f"{name:<30}" + "".join(f"{error:>8.3f}" for error in errors))
-check("two latents are never better than a joint one", all(found.error(r) <= apart(stats, found, r) for r in ranks))
+check(
+    "two latents lose no less than a joint one (a theorem, here in figures)",
+    all(found.error(r) <= apart(stats, found, r) for r in ranks),
+)
 
 # %% [markdown]
 # Training has made the layer compressible; a random one is not. (This one learned for seconds and uses few
@@ -619,7 +638,7 @@ check("two latents are never better than a joint one", all(found.error(r) <= apa
 
 # %%
 with torch.no_grad():
-    rows = inputs[1][:WINDOWS].flatten(0, 1)
+    rows = inputs[0][:WINDOWS].flatten(0, 1)
     kv_a, kv_b = found.cut(32 - ROTARY)
     evened, undone = even_out(kv_a, kv_b, rows, stats.received.flatten())
     for name, down in (("as the SVD gives them", kv_a), ("evened out", evened)):
@@ -664,32 +683,34 @@ def converted(index: int, cached: int, rotary: int, looked: tuple) -> tuple[Mode
 
 
 before_values = dense_config.attention.cached_values
-print(f"layer 2, {before_values} cached values a token, as …")
+print(f"layer 1, {before_values} cached values a token, as …")
 print(f"{'':<24}{'cached':>8}{'smaller by':>12}{'converted':>12}{'fitted':>9}")
 looked = (stats, parts, found)
 table: dict[int, tuple[float, float]] = {}
 made: dict[int, tuple[ModelConfig, LatentAttention, Context]] = {}
 for cached in (20, 32, 48):
-    made[cached] = config, new, within = converted(1, cached, ROTARY, looked)
-    table[cached] = agreement(new, within, 1), fitted(new, within, 1)
+    made[cached] = config, new, within = converted(0, cached, ROTARY, looked)
+    table[cached] = agreement(new, within, 0), fitted(new, within, 0)
     name = f"MLA, C = {cached - ROTARY}, R = {ROTARY}"
     print(f"{name:<24}{cached:>8}{before_values / cached:>12.1f}{table[cached][0]:>12.3f}{table[cached][1]:>9.3f}")
 
 one_head = dense_config.attention.model_copy(update={"num_key_value_heads": 1})
-old, mqa = dense.blocks[1].self_attn, MultiHeadAttention(dense_config, one_head).requires_grad_(False)
+old, mqa = dense.blocks[0].self_attn, MultiHeadAttention(dense_config, one_head).requires_grad_(False)
 mqa.q_proj.weight.copy_(old.q_proj.weight)
 mqa.o_proj.weight.copy_(old.o_proj.weight)
 for name in ("k_proj", "v_proj"):
     getattr(mqa, name).weight.copy_(getattr(old, name).weight.unflatten(0, (-1, 32)).mean(0))
-mqa_before, mqa_after = agreement(mqa, dense_context, 1), fitted(mqa, dense_context, 1)
+mqa_before, mqa_after = agreement(mqa, dense_context, 0), fitted(mqa, dense_context, 0)
 kept = one_head.cached_values
 print(f"{'MQA, mean of heads':<24}{kept:>8}{before_values / kept:>12.1f}{mqa_before:>12.3f}{mqa_after:>9.3f}")
-mean = targets[1][:WINDOWS].mean((0, 1)).expand_as(targets[1][WINDOWS:])
-print(f"{'the mean output':<24}{0:>8}{'':>12}{cosine(mean, targets[1][WINDOWS:]):>12.3f}")
+mean = targets[0][:WINDOWS].mean((0, 1)).expand_as(targets[0][WINDOWS:])
+print(f"{'the mean output':<24}{0:>8}{'':>12}{cosine(mean, targets[0][WINDOWS:]):>12.3f}")
 
 # %% [markdown]
 # At an eighth of the cache the layer still gives nearly the same output. Between 32 and 48 nothing changes, so the
-# latent is not what is short. What is? The cache has two parts; divide 32 values between them in other ways.
+# latent is not what is short. What is? The cache has two parts; divide 32 values between them in other ways. *Kept by
+# the rotary key* is what step 1 leaves of position: of the keys' energy at the frequencies that the rotary key has,
+# the share that one key for all heads can hold.
 #
 # **Before you run it:** from 8 to 30 rotary dims out of 32. Where is the best place, and what goes wrong at either
 # end?
@@ -698,22 +719,40 @@ print(f"{'the mean output':<24}{0:>8}{'':>12}{cosine(mean, targets[1][WINDOWS:])
 print("32 cached values, converted, not fitted")
 print(f"{'C':>4}{'R':>4}{'error of the latent':>22}{'kept by the rotary key':>25}{'cosine':>10}")
 for rotary in (8, 16, 24, 30):
-    own = looked if rotary == ROTARY else looked_at(dense, 1, inputs, rotary)
-    cosine_found = table[32][0] if rotary == ROTARY else agreement(*converted(1, 32, rotary, own)[1:], 1)
+    own = looked if rotary == ROTARY else looked_at(dense, 0, inputs, rotary)
+    cosine_found = table[32][0] if rotary == ROTARY else agreement(*converted(0, 32, rotary, own)[1:], 0)
     print(f"{32 - rotary:>4}{rotary:>4}{own[2].error(32 - rotary):>22.3f}{own[1].kept:>25.2f}{cosine_found:>10.3f}")
 
 # %% [markdown]
 # With few rotary dims the latent has room to spare and the heads lose their sense of distance; with many the latent
-# gets short. V2 and V3 settled on $R = N/2$ and $C = 4N$.
+# gets short, and at 2 it fails. In between little depends on it, and what the rotary key holds of each frequency
+# hardly changes. (V2 and V3 have $R = N/2$ and $C = 4N$ at other widths and after another training; this table says
+# nothing about those.)
 #
-# Last, the only judge that counts. Convert the first layer too, put both in a `Transformer`, and compare the whole
-# model's loss on held-out text.
+# Last, the only judge that counts. Convert the second layer too, put both in a `Transformer`, and compare the whole
+# model's loss on held-out text. Beside it, what attention is worth in this model at all: its loss without one layer's
+# attention, and without any. A layer whose absence nobody notices is easily converted.
 
 # %%
-config, second, _ = made[32]
-_, first, within = converted(0, 32, ROTARY, looked_at(dense, 0, inputs))
-first_before, first_after = agreement(first, within, 0), fitted(first, within, 0)
-print(f"layer 1 at 32 values: {first_before:.3f}, fitted {first_after:.3f}")
+config, first, _ = made[32]
+_, second, within = converted(1, 32, ROTARY, looked_at(dense, 1, inputs))
+second_before, second_after = agreement(second, within, 1), fitted(second, within, 1)
+print(f"layer 2 at 32 values: {second_before:.3f}, fitted {second_after:.3f}")
+
+
+def without(*silent: int) -> float:
+    """The dense model's loss where the attention of these layers gives 0."""
+    handles = [
+        dense.blocks[index].self_attn.o_proj.register_forward_hook(lambda _, given, out: torch.zeros_like(out))
+        for index in silent
+    ]
+    loss = loss_of(dense)
+    for handle in handles:
+        handle.remove()
+    return loss
+
+
+without_any = without(0, 1)
 
 model = Transformer(config)
 rest = {name: weight for name, weight in dense.state_dict().items() if "self_attn" not in name}
@@ -724,9 +763,14 @@ mla_loss = loss_of(model)
 print(f"\n{'held-out loss':<16}{'nats a token':>14}{'cache at 128 tokens, FP32':>28}")
 for name, loss, own in (("MHA", dense_loss, dense_config), ("MLA", mla_loss, config)):
     print(f"{name:<16}{loss:>14.3f}{cache_size(own).nbytes(torch.float32, context=128) / 1e3:>25.0f} KB")
+print("MHA, without the attention of")
+for name, loss in {"layer 1": without(0), "layer 2": without(1), "both": without_any}.items():
+    print(f"  {name:<14}{loss:>14.3f}")
 
 # %%
-smaller = before_values / 32
+# A token's share of a cache of this shape, counted in the tensors that hold it.
+of_mha, of_mla = (sum(math.prod(shape) for shape in cached_shapes(own)) for own in (dense_config, config))
+smaller = of_mha / of_mla
 check("the converted layer's cache is 5 to 10 times smaller", 5 <= smaller <= 10, f"{smaller:.1f} times")
 check("its output keeps a cosine above 0.95 on held-out text", table[32][1] > 0.95, f"{table[32][1]:.3f}")
 check(
@@ -735,6 +779,8 @@ check(
     f"{table[32][1]:.3f} and {mqa_after:.3f}",
 )
 check("the whole model's loss stays within 2%", mla_loss < 1.02 * dense_loss, f"{dense_loss:.3f} -> {mla_loss:.3f}")
+worth = (without_any - mla_loss) / (without_any - dense_loss)
+check("nine tenths of what attention is worth here are kept", worth > 0.9, f"{worth:.0%}")
 folder.cleanup()
 check.end()
 
@@ -752,8 +798,7 @@ check.end()
 #   §2.1.3.)
 # - **Two paths, one layer.** Expanded for training and prefill, absorbed for decoding; V3 crosses at 170 new tokens.
 # - **The price.** More arithmetic at each decoding step than MHA: 4.25 times for each cached token in V3. Heads can
-#   be split over GPUs, the latent cannot: each GPU keeps the whole cache. And there are two paths to write kernels
-#   for.
+#   be divided among GPUs, the latent cannot. And there are two paths to write kernels for.
 # - **What MLA is beside GQA.** GQA makes heads alike to make the cache small. MLA makes their keys and values
 #   functions of a common vector, and leaves them different. (V2 §2.1.4 and appendix D.)
 # - **Converting is not training.** A trained MHA layer can be brought near by SVD and a fit; the rotary part is the

@@ -184,9 +184,9 @@ for i in range(6):
     print(f"{i:>2}  {words[i]:<18}{main_target:<12}{words[i + 1]:<18}{mtp_target:<12}")
 
 # %% [markdown]
-# By hand, again with the library's modules, and beside it the library. Two traps that are not in the paper's
-# equations, both in the published weights: the embedding comes *first* in the pair (equation 21 prints the other
-# order), and $h_i$ is taken *after* the main model's last norm.
+# By hand, again with the library's modules, and beside it the library. There are two traps. The published weights
+# expect the embedding *first* in the pair (equation 21 prints the other order). And $h_i$ is taken *after* the main
+# model's last norm, which the paper leaves open; the engines that serve V3 do it so.
 #
 # Then a test that every such shift deserves, since a model that sees its target learns to copy it and nothing else:
 # change one token, and see which predictions change.
@@ -255,13 +255,15 @@ experts = [
     for expert, grad in enumerate(weight.grad)
     if not grad.any()
 ]
-buffers = [name for name, _ in model.named_buffers()]
+biases = [router.e_score_correction_bias for router in model.routers.values()]
+learned = {name for name, _ in model.named_parameters()}
 print(f"{sum(1 for _ in model.parameters())} parameters, without gradient: {without or 'none'}")
 print(f"single experts without gradient: {experts or 'none'}")
-print(f"not parameters at all: {buffers}")
+print(f"not parameters at all: {[name for name, _ in model.named_buffers()]}")
 model.zero_grad()
 check("every parameter, and every expert in it, has a gradient", not without and not experts)
-check("the router's bias has none", buffers and all(name.endswith("e_score_correction_bias") for name in buffers))
+ruled = all(not bias.requires_grad and bias.grad is None for bias in biases)
+check("the router's bias is no parameter", ruled and not any("e_score_correction_bias" in name for name in learned))
 check("MTP teaches the main model, down to its first layer", by_mtp.norm() > 0)
 
 # %% [markdown]
@@ -273,7 +275,8 @@ check("MTP teaches the main model, down to its first layer", by_mtp.norm() > 0)
 #
 # A step is: forward, loss, backward, clip, AdamW, move the biases. `TrainingStep` does just this. What
 # `abyssal train` has around it is this loop, with checkpoints, metrics and validation. The bias rate is 0.01, ten
-# times V3's, and falls to 0: there are hundreds of steps to settle in, not a million.
+# times V3's, and falls to a twentieth, as the learning rate does: there are hundreds of steps to settle in, not
+# hundreds of thousands.
 #
 # **Before you run it:** which loss will be lower in the end, the main model's or MTP's?
 
@@ -282,7 +285,7 @@ STEPS, RATE = 380, 5e-3
 step = TrainingStep(
     model,
     optimizer=OptimizerConfig(lr=RATE),
-    balance=BalanceConfig(bias_sign=BiasSignConfig(rate=0.01, final=0)),
+    balance=BalanceConfig(bias_sign=BiasSignConfig(rate=0.01, final=0.05)),
     clip=1.0,
     mtp_weight=LAMBDA,
     device=torch.device("cpu"),
@@ -329,14 +332,15 @@ early, late = (
     for part in (history[:38], history[-38:])
 )
 figure = ", ".join(f"{a:.2f} -> {b:.2f}" for a, b in zip(early, late, strict=True))
-check("the load evens out", max(late) < min(early), f"CV {figure}")
+check("the load evens out", max(late) < 0.2 * min(early), f"CV {figure}")
 
 # %% [markdown]
 # MTP's loss is the *lower* one. Whoever reads "predicts further ahead" expects the opposite. Section 2 says why it
 # need not be higher: the module has seen the same text as the main model one position later. But why lower? The
 # additional block is not it: main models of 3 and 4 layers, trained like this one, come out where this one does, at
-# 3.91 and 3.87. What is it then? The same training with something else in the place of $h_i$ in the module's input
-# (held-out nats a token, one run each; the main model's loss is 3.88 to 3.90 in all of them):
+# 3.91 and 3.87. What is it then? The same training with something else in the place of $h_i$ in the module's input,
+# one line of `MTPModule` changed (held-out nats a token, one run each with γ falling to 0, not checked here; the main
+# model's loss is 3.88 to 3.90 in all of them):
 #
 # | beside $\text{Emb}(t_{i+1})$ | loss of MTP | |
 # | --- | ---: | --- |
@@ -347,8 +351,8 @@ check("the load evens out", max(late) < min(early), f"CV {figure}")
 #
 # So it is the *pair*. The module's input joins two neighbouring positions, and a look at the previous token, which
 # the main model's attention first has to learn, is built in. In a few hundred steps that is worth more than depth. A
-# model that has been trained for long has learned that look. What should count then is that the last token goes
-# through all layers in the main model, 61 in V3, and through one in the module.
+# model that has been trained for long has learned that look. Then depth should decide: in V3 the last token passes 61
+# layers in the main model, and one in the module (not tested here).
 #
 # How good are its drafts? A draft is right where it is what the main model itself would say one position later.
 
@@ -420,18 +424,19 @@ check(
 # Total weights are equal by construction, and **MoE saves none of them**: all experts have to be in memory. What it
 # saves is what is read and multiplied for a token. The cache is MLA's part. Together they make the trade of these
 # models: much memory for weights, which all conversations share; little for each conversation; little arithmetic for
-# each token.
+# each token in the FFN. (Attention over a long cache costs *more* arithmetic than MHA's, and fewer reads: chapter 3.)
 #
 # Two fine points. The tokens of many conversations choose different experts, so that a step for all of them reads
-# most experts: fewer *reads* are for small batches, less arithmetic is for all. And the MTP module is left out of
-# this comparison: decoding does not need it; with drafts it comes on top.
+# most experts: MoE saves reads only at small batches, arithmetic at any. And the MTP module is left out of this
+# comparison: decoding does not need it; with drafts it comes on top.
 #
 # ## 6. Text
 #
 # What did it learn in half a minute? Two others write beside it: a model that has learned nothing, and a *bigram
 # table*, which knows which token follows which in *all* of the training text (the model has seen half of it) and
-# nothing else. One number for each: of the words that it writes, the share that occurs in the training text. The
-# vocabulary has pieces of words, so that a word has to be put together right.
+# nothing else. One number for each: of the words of four letters or more that it writes, the share that occurs in the
+# training text. The vocabulary has pieces of words, so that a word has to be put together right. (Short words prove
+# little: of random pieces of one to three letters many are in the plays.)
 
 # %%
 corpus = next(documents("tinyshakespeare"))
@@ -441,7 +446,7 @@ sampling = Sampling(max_new_tokens=160, temperature=0.6, top_p=0.9, seed=1)
 
 
 def share_of_words(texts: list[str]) -> float:
-    found = re.findall(r"[a-z']+", " ".join(texts).lower())
+    found = re.findall(r"[a-z']{4,}", " ".join(texts).lower())
     return sum(word in known for word in found) / len(found)
 
 
@@ -472,15 +477,17 @@ some = torch.from_numpy(validation.read(0, 16 * 8 * T + 1))
 loss_of_bigram = float(-bigram[some[:-1], some[1:]].mean())
 for name, own in texts.items():
     shown = own if name == "the model" else own[:1]
-    print(f"──── {name}: {shares[name]:.0%} of its words are words")
+    print(f"──── {name}: {shares[name]:.0%} of its longer words are words")
     for prompt, written in zip(prompts, shown, strict=False):
         print(prompt + (written if name == "the model" else written[:120] + " …") + "\n")
 print(f"of Shakespeare's own, in the held-out text: {share_of_words([corpus[int(len(corpus) * 0.9) :]]):.0%}")
-print(f"held-out loss: the model {evaluation.loss:.3f}, bigram table {loss_of_bigram:.3f} nats a token")
+print(
+    f"loss on 16,384 held-out tokens: the model {evaluation.loss:.3f}, bigram table {loss_of_bigram:.3f} nats a token"
+)
 print(f"the model in bits a byte, which do not depend on the vocabulary: {evaluation.bits_per_byte:.2f}")
 
 # %%
-check("the model's words are words", shares["the model"] > 0.75, f"{shares['the model']:.0%}")
+check("the model's longer words are words", shares["the model"] > 0.6, f"{shares['the model']:.0%}")
 check(
     "more of them than the bigram table's",
     shares["the model"] > shares["bigram table"],
@@ -491,7 +498,8 @@ folder.cleanup()
 check.end()
 
 # %% [markdown]
-# Words, speakers in capitals with a colon, lines as long as verses, and no sense yet. In loss the bigram table is a
+# Words, speakers in capitals with a colon, lines as long as verses. The check is one of spelling: the text hangs
+# together in its form and not in its sense, which half a minute does not give. In loss the bigram table is a
 # hard baseline for half a minute, as it has counted the whole text; in words it is not, as it forgets how a word
 # began. `abyssal train demo` goes on from here: 7.7M parameters, some minutes on two cores, 2.21 bits a byte
 # ([README](../../README.md)).

@@ -10,6 +10,7 @@ class Checks:
 
     def __init__(self) -> None:
         self.failed: list[str] = []
+        self.late: list[str] = []
 
     def __call__(self, claim: str, holds: bool, figure: str = "") -> None:
         """Says whether ``claim`` holds, and the ``figure`` behind it."""
@@ -18,13 +19,16 @@ class Checks:
             self.failed.append(claim)
 
     def measured(self, claim: str, holds: bool, figure: str = "") -> None:
-        """The same of a time, which another program on the machine may spoil: said, but nothing fails by it."""
+        """The same of a time, which another program on the machine may spoil: said, here and at the end, but nothing
+        fails by it."""
         self._say(claim, bool(holds), figure)
+        if not holds:
+            self.late.append(claim)
 
     def end(self) -> None:
         """Exits with 1 where a check has failed; in a notebook it raises."""
         if not self.failed:
-            print("\nall checks hold")
+            print("\nall checks hold" + (f"; of the times not: {'; '.join(self.late)}" if self.late else ""))
             return
         message = f"{len(self.failed)} checks do not hold: " + "; ".join(self.failed)
         if "ipykernel" in sys.modules:
