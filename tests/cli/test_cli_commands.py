@@ -1,6 +1,7 @@
 """The commands at work, in-process."""
 
 import json
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -37,6 +38,10 @@ def recipe(data, tmp_path):
     path = tmp_path / "tiny.yaml"
     path.write_text(yaml.safe_dump(data))
     return path
+
+
+def test_version(cli):
+    assert cli("--version") == f"abyssal {version('abyssal')}, torch {version('torch')}\n"
 
 
 def plain_count(config: dict) -> dict:

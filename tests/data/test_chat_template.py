@@ -290,7 +290,7 @@ def test_errors_of_a_template_are_said_in_one_line(source: str, words: list[str]
         ("hello", {}, "messages is a str; expected a list"),
         ({"role": "user"}, {}, "messages is a dict; expected a list"),
         ([CHAT[0], "hello"], {}, r"messages\[1\] is a str; expected an object"),
-        ([{"role": "user", "content": [{"image": object()}]}], {}, r"messages\[0\]\.content\[0\]\.image is a object"),
+        ([{"role": "user", "content": [{"image": object()}]}], {}, r"messages\[0\]\.content\[0\]\.image is an object"),
         ([{"role": "user", "content": {1j: 1}}], {}, r"messages\[0\]\.content, a key is a complex"),
         (CHAT, {"tools": [print]}, r"tools\[0\] is a builtin_function_or_method; expected an object"),
         (CHAT, {"documents": "text"}, "documents is a str; expected a list"),
@@ -429,7 +429,7 @@ def test_without_a_template_a_chat_is_refused():
 @pytest.mark.parametrize(
     ("config", "old", "words"),
     [
-        ({"chat_template": 3}, None, ["tokenizer_config.json", "chat_template holds a int"]),
+        ({"chat_template": 3}, None, ["tokenizer_config.json", "chat_template holds an int"]),
         ({"chat_template": [{"name": "default"}]}, None, ["chat_template holds a list", "objects name, template"]),
         ({"chat_template": {"default": []}}, None, ["chat_template holds a list"]),
         (None, ["x"], ["chat_template.json", "expected an object"]),

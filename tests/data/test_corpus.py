@@ -156,7 +156,7 @@ BAD_LINES = [
     ('["b"]', ["line 3", "list", "'text'"]),
     ('{"Text": "b", "id": 1}', ["line 3", "no field 'text'", "did you mean 'Text'?", "id"]),
     ("{}", ["line 3", "no field 'text'"]),
-    ('{"text": null}', ["line 3", "'text' is NoneType"]),
+    ('{"text": null}', ["line 3", "'text' is null"]),
     ('{"text": "ab\\ud800"}', ["line 3", "U+D800 at character 2"]),
 ]
 
@@ -200,12 +200,12 @@ def test_a_damaged_archive_is_named(tmp_path: Path, suffix: str, damage: str):
 
 def test_bad_parquet_is_named(tmp_path: Path):
     file = write_parquet(tmp_path / "a.parquet", {"Text": ["a"], "n": [1]})
-    for field, words in [("text", ["no column 'text'", "did you mean 'Text'?"]), ("n", ["row 1", "'n' is int"])]:
+    for field, words in [("text", ["no column 'text'", "did you mean 'Text'?"]), ("n", ["row 1", "'n' is an int"])]:
         with pytest.raises(UserError) as error:
             list(documents(file, field=field))
         check_message(error.value, str(file), *words)
     file = write_parquet(tmp_path / "null.parquet", {"text": ["a", None]})
-    with pytest.raises(UserError, match="row 2: field 'text' is NoneType"):
+    with pytest.raises(UserError, match="row 2: field 'text' is null"):
         list(documents(file))
     file = write(tmp_path / "b.parquet", b"not parquet at all")
     with pytest.raises(UserError) as error:

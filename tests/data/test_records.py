@@ -247,7 +247,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"messages": [USER, {"role": ["user"], "content": "x"}]}, r"messages\[1\]\.role: \['user'\] is not one of"),
     ({"messages": [USER, {"role": "assistant"}]}, r"messages\[1\]\.content: missing; it has role"),
     ({"messages": [{"role": "user", "content": None}]}, r"messages\[0\]\.content: is null"),
-    ({"messages": [{"role": "user", "content": 3}]}, r"messages\[0\]\.content: a int; expected a string"),
+    ({"messages": [{"role": "user", "content": 3}]}, r"messages\[0\]\.content: an int; expected a string"),
     ({"messages": [{"from": "bot", "value": "x"}]}, r"messages\[0\]\.from: 'bot' is not one of .*human, gpt"),
     ({"messages": [BOT, USER]}, r"messages\[0\]\.role: 'assistant' before any 'user'"),
     ({"messages": [{"role": "system", "content": ""}, BOT]}, r"messages\[1\]\.role: 'assistant' before any 'user'"),
@@ -255,7 +255,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"messages": [USER, {"role": "tool", "content": "1"}]}, r"messages\[1\]\.role: 'tool' after 'user'"),
     (GOOD | {"tools": "["}, "field 'tools': not JSON"),
     (GOOD | {"tools": {"name": "f"}}, "field 'tools' is a dict; expected a list of objects"),
-    (GOOD | {"system": 3}, "field 'system' is a int; expected a string"),
+    (GOOD | {"system": 3}, "field 'system' is an int; expected a string"),
 ]
 
 
@@ -275,7 +275,7 @@ def test_a_bad_conversation_is_named_by_place_and_field(row: dict[str, Any], wor
         ({"prompt": "x", "completion": ["y"]}, "field 'completion' is a list; expected a string"),
         ({"text": "a\ud800"}, r"field 'text': the text holds a lone surrogate U\+D800"),
         ({"chosen": "x", "rejected": "y"}, "no field 'prompt', which a text in 'chosen' needs"),
-        ({"prompt": 3, "chosen": "x", "rejected": "y"}, "field 'prompt' is a int; expected a list of messages"),
+        ({"prompt": 3, "chosen": "x", "rejected": "y"}, "field 'prompt' is an int; expected a list of messages"),
         ({"prompt": [USER], "chosen": [{"role": "x"}], "rejected": "y"}, r"chosen\[0\]\.role: 'x' is not one of"),
         ({"prompt": [USER], "chosen": [BOT], "rejected": []}, None),
         ({"chosen": [BOT], "rejected": [USER, BOT]}, r"chosen\[0\]\.role: 'assistant' before any"),

@@ -473,7 +473,7 @@ def test_metrics_are_those_of_all_sequences():
         ([], {}, "prompt: empty"),
         ("abc", {}, "prompt: a str; expected token ids"),
         ([1.5], {}, "prompt: a list; expected token ids"),
-        (7, {}, "prompt: a int; expected token ids"),
+        (7, {}, "prompt: an int; expected token ids"),
         ([264], {}, "prompt: token id 264 is outside the model's vocabulary of 264"),
         ([5] * 128, {}, "prompt: 128 tokens leave no room in the model's context of 128"),
         ([5], {"temperature": -1}, "temperature: -1 is not valid"),

@@ -49,6 +49,8 @@ def test_stopped_goes_on_where_it_was_and_comes_to_the_same(tmp_path):
         assert began.poll() is None, began.communicate()[1]
         assert time.monotonic() < until
         time.sleep(0.05)
+    with pytest.raises(UserError, match="another process is running an experiment there"):
+        conduct(tiny("precision"), out, overwrite=True)
     os.killpg(began.pid, signal.SIGINT)
     said, errors = began.communicate(timeout=240)
     assert began.returncode == 130, said + errors

@@ -1,15 +1,20 @@
-"""Writing that is whole or not there at all: beside, flushed to the disk, renamed."""
+"""Writing that is whole or not there at all: beside, flushed to the disk, renamed; and by one process at a time."""
 
 from __future__ import annotations
 
+import fcntl
 import itertools
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
+
+from abyssal.errors import UserError
 
 PARTIAL = ".partial"
+LOCK = ".lock"
 
 
 @contextmanager
@@ -56,6 +61,18 @@ def write_text(path: Path, text: str) -> None:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def lock_folder(folder: Path, doing: str) -> IO[str]:
+    """Holds ``folder`` for this process until what is returned is closed, or the process ends. Raises UserError where
+    another one holds it; ``doing`` says what that one does ("converting there")."""
+    file = (folder / LOCK).open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise UserError(f"{folder}: another process is {doing}") from None
+    return file
 
 
 def flush(path: Path) -> None:

@@ -7,7 +7,6 @@ then does the folder get its name. Interrupted, the same command goes on behind 
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -17,7 +16,7 @@ from typing import Any
 
 import torch
 
-from abyssal.checkpoint.atomic import PARTIAL, flush, write_text
+from abyssal.checkpoint.atomic import LOCK, PARTIAL, flush, lock_folder, write_text
 from abyssal.checkpoint.export import Counted, check_space, check_target, dtype_keys, write_json
 from abyssal.checkpoint.load import Progress, check_copy, read_model_config, wanted_tensors
 from abyssal.checkpoint.names import repeated_names
@@ -31,7 +30,6 @@ from abyssal.errors import UserError
 from abyssal.kernels.packed import Kind
 
 JOURNAL = "convert.json"
-LOCK = ".lock"
 
 
 def convert(
@@ -118,12 +116,7 @@ class _Journal:
 
     def __enter__(self) -> _Journal:
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.folder / LOCK).open("w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._lock.close()
-            raise UserError(f"{self.folder}: another process is converting there") from None
+        self._lock = lock_folder(self.folder, "converting there")
         path = self.folder / JOURNAL
         others = [found for found in self.folder.iterdir() if found.name != LOCK]
         if others and not path.is_file():

@@ -12,7 +12,6 @@ checkpoints/step-00000400/
 
 from __future__ import annotations
 
-import fcntl
 import json
 import re
 import shutil
@@ -20,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
-from abyssal.checkpoint.atomic import replace_folder, write_text
+from abyssal.checkpoint.atomic import lock_folder, replace_folder, write_text
 from abyssal.errors import UserError
 
 _STEP = re.compile(r"step-(\d+)$")
@@ -57,15 +56,8 @@ class Run:
 
     def lock(self) -> None:
         """Keeps others from writing here until :meth:`unlock`. Raises UserError where one already does."""
-        if self._lock is not None:
-            return
-        file = (self.path / ".lock").open("w")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.close()
-            raise UserError(f"{self.path}: another process is training in this run folder") from None
-        self._lock = file
+        if self._lock is None:
+            self._lock = lock_folder(self.path, "training in this run folder")
 
     def unlock(self) -> None:
         """Lets others write here again."""

@@ -8,7 +8,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
@@ -50,6 +50,28 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"abyssal {version('abyssal')}, torch {version('torch')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Show the versions of abyssal and PyTorch.", is_eager=True, callback=_say_version
+        ),
+    ] = False,
+) -> None:
+    """What stands before a command."""
+
+
 app.command("presets")(presets_command)
 app.command("inspect")(inspect_command)
 app.command("plan")(plan_command)
@@ -102,7 +124,11 @@ def main() -> None:
         # What typer says of wrong arguments; by its method, since typer brings a click of its own from some version on.
         if not hasattr(error, "format_message"):
             raise
-        code = _fail(error.format_message())
+        message = error.format_message()
+        if message.startswith("No such command") and "Did you mean" not in message:
+            names = [str(command.name) for command in app.registered_commands]
+            message = f"{message.rstrip('.')}; expected one of {', '.join(names)}"
+        code = _fail(message)
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -21,7 +21,7 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from abyssal.errors import UserError
+from abyssal.errors import UserError, kind_of
 
 if TYPE_CHECKING:
     from jinja2 import Template, nodes
@@ -178,8 +178,8 @@ def default_template(config: Mapping[str, Any], file: Path) -> str | None:
     except (TypeError, KeyError):
         template = given
     if template is not None and not isinstance(template, str):
-        kind = type(template).__name__
-        raise UserError(f"{file}: chat_template holds a {kind}; expected a string or a list of objects name, template")
+        held = kind_of(template)
+        raise UserError(f"{file}: chat_template holds {held}; expected a string or a list of objects name, template")
     return template
 
 
@@ -276,10 +276,10 @@ def _environment() -> ImmutableSandboxedEnvironment:
 def _objects(name: str, given: Any) -> list[dict[str, Any]]:
     """A copy, so that no template reaches the caller's objects."""
     if not isinstance(given, list | tuple):
-        raise UserError(f"{name} is a {type(given).__name__}; expected a list of objects")
+        raise UserError(f"{name} is {kind_of(given)}; expected a list of objects")
     for index, item in enumerate(given):
         if not isinstance(item, Mapping):
-            raise UserError(f"{name}[{index}] is a {type(item).__name__}; expected an object")
+            raise UserError(f"{name}[{index}] is {kind_of(item)}; expected an object")
     return [_plain(f"{name}[{index}]", item) for index, item in enumerate(given)]
 
 
@@ -295,7 +295,7 @@ def _plain(name: str, value: Any) -> Any:
     if isinstance(value, list | tuple):
         items = [_plain(f"{name}[{index}]", item) for index, item in enumerate(value)]
         return tuple(items) if isinstance(value, tuple) else items
-    raise UserError(f"{name} is a {type(value).__name__}; expected what JSON can hold")
+    raise UserError(f"{name} is {kind_of(value)}; expected what JSON can hold")
 
 
 def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:

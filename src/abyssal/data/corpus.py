@@ -22,7 +22,7 @@ from typing import Any
 
 from abyssal.data.files import File, find_files, json_lines, opened, parquet_rows, text_documents
 from abyssal.data.tokenizer import check_unicode
-from abyssal.errors import UserError, nearest
+from abyssal.errors import UserError, kind_of, nearest
 
 SUFFIXES = (".txt", ".jsonl", ".parquet", ".txt.gz", ".txt.xz", ".jsonl.gz", ".jsonl.xz")
 
@@ -68,7 +68,7 @@ def _field(record: Any, field: str, place: str) -> str:
         raise UserError(f"{place}: no field {field!r}{nearest(field, record)}; it has {', '.join(record) or 'none'}")
     text = record[field]
     if not isinstance(text, str):
-        raise UserError(f"{place}: field {field!r} is {type(text).__name__}; expected a string")
+        raise UserError(f"{place}: field {field!r} is {kind_of(text)}; expected a string")
     try:
         check_unicode(text)
     except UserError as error:  # JSON may escape half a surrogate pair

@@ -37,7 +37,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 from abyssal.data.chat import REASONING
 from abyssal.data.files import find_files, json_file, json_lines, parquet_rows, text_documents
 from abyssal.data.tokenizer import check_unicode
-from abyssal.errors import UserError, nearest
+from abyssal.errors import UserError, kind_of, nearest
 from abyssal.hub import is_hub_id
 
 SUFFIXES = (".parquet", *(kind + packed for kind in (".jsonl", ".json", ".txt") for packed in ("", ".gz", ".xz")))
@@ -262,7 +262,7 @@ class Parser:
     def _text(self, place: str, fields: Mapping[str, Any], name: str) -> str:
         value = fields[name]
         if not isinstance(value, str):
-            raise UserError(f"{place}: field {self._name(name)!r} is {_kind(value)}; expected a string")
+            raise UserError(f"{place}: field {self._name(name)!r} is {kind_of(value)}; expected a string")
         try:
             check_unicode(value)
         except UserError as error:  # JSON may escape half a surrogate pair
@@ -272,7 +272,7 @@ class Parser:
     def _messages(self, place: str, name: str, value: Any) -> list[Message]:
         path = self._name(name)
         if not isinstance(value, list):
-            raise UserError(f"{place}: field {path!r} is {_kind(value)}; expected a list of messages")
+            raise UserError(f"{place}: field {path!r} is {kind_of(value)}; expected a list of messages")
         return [_message(place, f"{path}[{index}]", item) for index, item in enumerate(value)]
 
     def _chat(self, place: str, fields: Mapping[str, Any], messages: list[Message], path: str, first: int = 0) -> Chat:
@@ -292,7 +292,7 @@ class Parser:
             except (ValueError, RecursionError) as error:
                 raise UserError(f"{place}: field {name!r}: not JSON ({error})") from error
         if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-            raise UserError(f"{place}: field {name!r} is {_kind(tools)}; expected a list of objects")
+            raise UserError(f"{place}: field {name!r} is {kind_of(tools)}; expected a list of objects")
         return tools or None
 
     def _pair(self, place: str, fields: Mapping[str, Any]) -> Pair:
@@ -343,7 +343,7 @@ def silent(message: Message) -> bool:
 
 def _message(place: str, path: str, value: Any) -> Message:
     if not isinstance(value, dict):
-        raise UserError(f"{place}: {path} is {_kind(value)}; expected an object with role and content")
+        raise UserError(f"{place}: {path} is {kind_of(value)}; expected an object with role and content")
     role_key = "from" if value.get("role") is None and "from" in value else "role"
     content_key = "value" if value.get("content") is None and "value" in value else "content"
     role = value.get(role_key)
@@ -360,7 +360,7 @@ def _message(place: str, path: str, value: Any) -> Message:
         state = "is null" if content_key in value else "missing"
         raise UserError(f"{place}: {path}.{content_key}: {state}; it has {_listed(value)}")
     if content is not None and not isinstance(content, str | list):
-        raise UserError(f"{place}: {path}.{content_key}: {_kind(content)}; expected a string")
+        raise UserError(f"{place}: {path}.{content_key}: {kind_of(content)}; expected a string")
     return message
 
 
@@ -376,10 +376,6 @@ def _check_order(place: str, path: str, messages: list[Message]) -> None:
             last = messages[index - 1]["role"]
             raise UserError(f"{place}: {path}[{index}].role: 'tool' after {last!r}; expected it after 'assistant'")
         begun = begun or role == "user"
-
-
-def _kind(value: Any) -> str:
-    return "null" if value is None else f"a {type(value).__name__}"
 
 
 def _listed(fields: Mapping[str, Any]) -> str:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from abyssal.data.tokenizer import Tokenizer
-from abyssal.errors import UserError
+from abyssal.errors import UserError, kind_of
 from abyssal.model import Transformer
 
 
@@ -30,7 +30,7 @@ def prompt_ids(
         elif are_ids(prompt):
             ids = [int(token) for token in prompt]
         else:
-            raise UserError(f"{name}: a {type(prompt).__name__}; expected a string or a list of token ids")
+            raise UserError(f"{name}: {kind_of(prompt)}; expected a string or a list of token ids")
         out.append(check_ids(ids, model, name))
     return out
 
@@ -41,7 +41,7 @@ def check_ids(tokens: Sequence[int], model: Transformer, name: str) -> list[int]
     try:
         ids = [operator.index(token) for token in tokens]
     except TypeError:
-        raise UserError(f"{name}: a {type(tokens).__name__}; expected token ids, whole numbers") from None
+        raise UserError(f"{name}: {kind_of(tokens)}; expected token ids, whole numbers") from None
     if not ids:
         raise UserError(f"{name}: empty, with no BOS in front; expected at least one token")
     for token in ids:

@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 
-from abyssal.checkpoint import write_text
+from abyssal.checkpoint import LOCK, lock_folder, write_text
 from abyssal.errors import UserError
 from abyssal.lab.charts import check_plotting
 from abyssal.lab.experiment import Job, Results, Stopped
@@ -56,8 +56,9 @@ def conduct(
     """All jobs' figures; those that are in ``folder`` already are taken from there.
 
     ``jobs`` run at a time, each on its share of the cores: by default one a core, on a GPU one. Raises UserError for a
-    folder that holds another experiment (``overwrite`` removes its figures) or none, and where Matplotlib, which the
-    report needs, is missing; KeyboardInterrupt where Ctrl-C or SIGTERM stopped it: what was trained is saved.
+    folder that holds another experiment (``overwrite`` removes its figures) or none, or in which another process runs
+    one, and where Matplotlib, which the report needs, is missing; KeyboardInterrupt where Ctrl-C or SIGTERM stopped it:
+    what was trained is saved.
     """
     check_plotting()
     device = device_of(recipe)
@@ -66,7 +67,13 @@ def conduct(
     check_folder(folder)
     lab_of(recipe.name).check(recipe)
     _check_data(recipe)
-    _claim(recipe, folder, overwrite)
+    folder.mkdir(parents=True, exist_ok=True)
+    with lock_folder(folder, "running an experiment there"):
+        _claim(recipe, folder, overwrite)
+        return _all_figures(recipe, folder, jobs, cores, watch)
+
+
+def _all_figures(recipe: LabRecipe, folder: Path, jobs: int, cores: int, watch: Watcher) -> Results:
     phases = _phases(recipe, folder)
     of = sum(len(phase) for phase in phases)
     done = 0
@@ -130,7 +137,8 @@ def check_folder(folder: Path) -> None:
     """Raises UserError where ``folder`` is something else than an experiment's."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out: {folder} is a file; expected a folder, or a place where one can be made")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
+    inside = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if inside - {LOCK} and MANIFEST not in inside:
         raise UserError(f"--out: {folder}: exists and is no lab's folder; choose another")
 
 
@@ -154,7 +162,6 @@ def _claim(recipe: LabRecipe, folder: Path, overwrite: bool) -> None:
             )
         for old in figures:
             old.unlink()
-    folder.mkdir(parents=True, exist_ok=True)
     (folder / "figures").mkdir(exist_ok=True)
     device = device_of(recipe)
     dtype = resolve_dtype(str(recipe.base["training"].get("dtype", "auto")), device)

@@ -67,6 +67,7 @@ class Spectrum:
         return left.T @ self.weighted, self.unweigh @ left
 
 
+@torch.no_grad()
 def spectrum(parts: Separated, w_v: Tensor, w_o: Tensor, stats: Statistics, key_weight: float) -> Spectrum:
     """The weighted SVD of keys and values. ``w_v`` [G, d, D]; ``w_o`` [D, H, d]; ``key_weight`` is α."""
     groups, size, _ = w_v.shape
@@ -78,6 +79,7 @@ def spectrum(parts: Separated, w_v: Tensor, w_o: Tensor, stats: Statistics, key_
     return _spectrum(costs, torch.cat((parts.k_nope.flatten(0, 1), w_v.double().flatten(0, 1))), stats)
 
 
+@torch.no_grad()
 def query_spectrum(parts: Separated, stats: Statistics) -> Spectrum:
     """The weighted SVD of the queries, each head's d dimensions without position before its R with."""
     k, heads = parts.k_nope, len(parts.q_nope)
