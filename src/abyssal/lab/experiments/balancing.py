@@ -50,10 +50,10 @@ class Balancing(Lab):
             strongest = min(losses, key=lambda arm: means[arm])
             answer.append(against("Loss", (strongest, loss[strongest]), (best, loss[best]), digits=4))
             answer.append(against("CV of a step's load", (strongest, cv[strongest]), (best, cv[best]), digits=4))
-        costly = " and ".join(worse) or "none of them"
+        costly = f"with {' and '.join(worse)}" if worse else f"with none of the {len(others)}"
         short = (
-            f"{len(even)} of {len(others)} balancers keep the load even (CV below {EVEN}); a loss that is higher than "
-            f"without balancing, as far as these seeds show: with {costly}."
+            f"{len(even)} of {len(others)} balancers keep the load even (CV below {EVEN}); {costly} does the loss end "
+            f"higher than without balancing, as far as these seeds show."
         )
         table = Table(
             "Balance and loss",

@@ -98,11 +98,9 @@ class Dense(Lab):
                 f"In the time of a step of {moe}, measured in turn on this machine, {spread(ratios, 2)} steps are done "
                 f"of “{arm}”."
             )
-        better, worse = "better", "worse"
-        said = [verdict(loss[moe], loss[arm], worse, better, "no different") for arm in others]
-        short = (
-            "Beside the MoE model: " + "; ".join(f"{arm}: {word}" for arm, word in zip(others, said, strict=True)) + "."
-        )
+        said = [verdict(loss[arm], loss[moe], "higher than", "lower than", "no different from") for arm in others]
+        beside = "; ".join(f"{word} that of “{arm}”" for arm, word in zip(others, said, strict=True))
+        short = f"{moe}'s loss, as far as these seeds show, is {beside}."
         table = Table(
             "MoE and dense",
             ["model", "parameters", "active", "forward MFLOP a token", "steps", "validation, nats a token"],
