@@ -56,6 +56,8 @@ def judged(folder: Path, text: Path) -> dict:
             ids += tokenizer.encode(piece)
         if len(ids) > TOKENS:
             break
+    if len(ids) <= TOKENS:
+        raise SystemExit(f"--text: {text}: {len(ids):,} tokens; expected more than {TOKENS:,}")
     ids = ids[: TOKENS + 1]
     size = len(b"".join(tokenizer.token_bytes(token) for token in ids[1:]))
     rows = torch.stack([torch.tensor(ids[i : i + WINDOW + 1]) for i in range(0, TOKENS, WINDOW)])
