@@ -75,7 +75,12 @@ def one_after_another(rank: int, run: str) -> Iterator[None]:
         stack.enter_context(patch.object(HuggingFaceStorageWriter, "write_data", half))
         if mine and LIFE < 2:
             number, with_what = ((6, signal.SIGKILL), (2, signal.SIGTERM))[LIFE]
-            stack.enter_context(in_step(number, lambda: os.kill(os.getpid(), with_what)))
+
+            def act() -> None:
+                until((Path(run) / "checkpoints" / "step-00000004").is_dir)  # it is saved in the background
+                os.kill(os.getpid(), with_what)
+
+            stack.enter_context(in_step(number, act))
         yield
 
 
