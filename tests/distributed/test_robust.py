@@ -169,7 +169,7 @@ def test_what_is_wrong_is_said_once(recipe: str, tmp_path: Path) -> None:
         ),
         (
             r"\S+/full/checkpoints/step-00000008.partial/sharded: process 1: File too large",
-            train(recipe, "--out", tmp_path / "full", fault=["full_disk", 1, 6]),
+            train(recipe, "--out", tmp_path / "full", fault=["full_disk", 1, 6, str(tmp_path / "full")]),
         ),
     ]
     right = [

@@ -41,6 +41,11 @@ def until(what: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
+def until_saved(run: str, step: int) -> None:
+    """The checkpoint is written in the background, and on a slow machine steps may be faster."""
+    until((Path(run) / "checkpoints" / f"step-{step:08d}").is_dir)
+
+
 @contextmanager
 def in_step(number: int, act: Callable[[], Any]) -> Iterator[None]:
     """``act`` in the ``number``-th step that this process makes, before anything is worked out."""
@@ -77,7 +82,7 @@ def one_after_another(rank: int, run: str) -> Iterator[None]:
             number, with_what = ((6, signal.SIGKILL), (2, signal.SIGTERM))[LIFE]
 
             def act() -> None:
-                until((Path(run) / "checkpoints" / "step-00000004").is_dir)  # it is saved in the background
+                until_saved(run, 4)
                 os.kill(os.getpid(), with_what)
 
             stack.enter_context(in_step(number, act))
@@ -130,12 +135,13 @@ def nan(rank: int, number: int) -> Iterator[None]:
 
 
 @contextmanager
-def full_disk(rank: int, number: int) -> Iterator[None]:
-    """From step ``number`` on no file of one process can be longer than 100 kB."""
+def full_disk(rank: int, number: int, run: str) -> Iterator[None]:
+    """From step ``number`` on no file of one process can exceed 100 kB; the checkpoint after step 4 is whole by then."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def fill() -> None:
         if rank == RANK:
+            until_saved(run, 4)
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
 
     try:
