@@ -136,7 +136,7 @@ def nan(rank: int, number: int) -> Iterator[None]:
 
 @contextmanager
 def full_disk(rank: int, number: int, run: str) -> Iterator[None]:
-    """From step ``number`` on no file of one process can exceed 100 kB; the checkpoint after step 4 is whole by then."""
+    """From step ``number`` on, with the checkpoint after step 4 whole, no file of one process can exceed 100 kB."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def fill() -> None:
