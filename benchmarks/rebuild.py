@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
 from statistics import median
 
@@ -50,7 +51,6 @@ def judged(folder: Path, text: Path) -> dict:
     """Loss on the text's first tokens, and continuations."""
     model, tokenizer = abyssal.load(folder, dtype=torch.float32)
     ids: list[int] = []
-    size = 0
     for document in documents(text):
         for piece in tokenizer.pieces(document):
             ids += tokenizer.encode(piece)
@@ -66,7 +66,7 @@ def judged(folder: Path, text: Path) -> dict:
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "nats": nats,
-        "bits_per_byte": nats * TOKENS / size / 0.6931471805599453,
+        "bits_per_byte": nats * TOKENS / size / math.log(2),
         "continuations": dict(zip(PROMPTS, texts, strict=True)),
     }
 

@@ -368,7 +368,8 @@ for name in ("nobody", "bias rule", "auxiliary loss"):
 b = [bias - bias.mean() for bias in runs["bias rule"].biases]
 ranges = [range(end - 20, end) for end in range(20, STEPS + 1, 20)]
 moves = [(b[steps.stop] - b[steps.start]).abs().mean().item() for steps in ranges]
-could = [sum(0.015 * (1 + math.cos(math.pi * step / STEPS)) for step in steps) for steps in ranges]
+gamma = [RULE["bias_sign"]["rate"] * 0.5 * (1 + math.cos(math.pi * step / STEPS)) for step in range(STEPS)]
+could = [sum(gamma[steps.start : steps.stop]) for steps in ranges]
 print("steps      ", "  ".join(f"{steps.start + 1:3}-{steps.stop:3}" for steps in ranges))
 print("movement   ", "  ".join(f"{move:7.4f}" for move in moves))
 print("sum of γ   ", "  ".join(f"{most:7.4f}" for most in could))

@@ -61,15 +61,14 @@ def lab_command(
         return
     from abyssal.lab.conduct import check_folder, conduct, device_of, machine_of, time_spent
     from abyssal.lab.experiments import lab_of
-    from abyssal.lab.report import PAGE, check_place, write_report
+    from abyssal.lab.report import PAGE, arms_of, check_place, write_report
 
     folder = out or Path("runs/lab") / name
     place = report or folder
     check_folder(folder)
     lab_of(name).check(recipe)
     check_place(place, name, "--out" if report is None else "--report")
-    arms = "1 arm" if len(recipe.arms) == 1 else f"{len(recipe.arms)} arms"
-    say(f"{recipe.question}\n{arms}, {recipe.seeds} seeds; folder {folder}")
+    say(f"{recipe.question}\n{arms_of(recipe)}, {recipe.seeds} seeds; folder {folder}")
     if size == "gpu" and device_of(recipe).type == "cpu":
         say("no GPU here: at this size one job takes many hours")
     signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))  # stops as Ctrl-C does

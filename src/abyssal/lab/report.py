@@ -14,6 +14,7 @@ from abyssal.analysis.page import style
 from abyssal.checkpoint import write_text
 from abyssal.errors import UserError
 from abyssal.lab.experiment import Finding, Results, Table
+from abyssal.lab.recipe import LabRecipe
 
 PAGE, MARKDOWN, NUMBERS = "report.html", "README.md", "figures.json"
 MARK = 'id="abyssal-lab"'
@@ -108,7 +109,7 @@ table td:first-child {{ white-space: normal; }}
 <body>
 <main {MARK}>
 <h1>{say(results.lab.question)}</h1>
-<p class="dim">abyssal lab {say(results.lab.name)}: {_arms(results)}, {results.lab.seeds} seeds each</p>
+<p class="dim">abyssal lab {say(results.lab.name)}: {arms_of(results.lab)}, {results.lab.seeds} seeds each</p>
 <h2>Finding</h2>
 {chr(10).join(parts)}
 <h2>What this does not show</h2>
@@ -155,9 +156,9 @@ def _rows(table: Table) -> Iterator[str]:
         yield f"| {' | '.join(cell.replace('|', '/') for cell in row)} |"
 
 
-def _arms(results: Results) -> str:
-    count = len(results.lab.arms)
-    return f"{count} arms" if count > 1 else "1 arm"
+def arms_of(recipe: LabRecipe) -> str:
+    """How many arms there are, in words."""
+    return f"{len(recipe.arms)} arms" if len(recipe.arms) > 1 else "1 arm"
 
 
 def _always(results: Results) -> list[str]:

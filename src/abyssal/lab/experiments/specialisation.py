@@ -119,10 +119,8 @@ class Specialisation(Lab):
             "come to depend less on the token itself",
             "depend on the token itself as they did at first",
         )
-        short = (
-            f"Over training experts {grows}: it tells {mean([one[0] for one in token]):.2f} of the choice at first, "
-        )
-        short += f"{mean([one[-1] for one in token]):.2f} at the end."
+        before, after = mean([one[0] for one in token]), mean([one[-1] for one in token])
+        short = f"Over training experts {grows}: it tells {before:.2f} of the choice at first, {after:.2f} at the end."
         rows = []
         for number, step in enumerate(steps):
             cells = [spread([one[number] for one in by_layer[layer]], 2) for layer in layers]
